@@ -1,0 +1,308 @@
+"""Write a quantized (or float) vision-language model as a folder: three graphs, processor files, manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from splitq_edge import __version__
+from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_json
+from splitq_edge.convert import QuantizedModel, effective_bits
+from splitq_edge.exporters.onnx_export import check_axes, trace
+from splitq_edge.exporters.parts import CacheShape, Decoder, EmbedTokens, VisionEncoder
+from splitq_edge.exporters.passes.attach_functions import attach_functions
+from splitq_edge.exporters.passes.expand_sites import expand_sites
+from splitq_edge.exporters.site_weights import site_spec
+from splitq_edge.exporters.symbolic import placeholders, reads_modality
+from splitq_edge.loading import LoadedModel
+
+FLAVOURS = ("portable", "packed")
+PARITY_FILE = "parity.npz"
+PARITY_POSITIONS = 8  # logits kept of a parity sample
+FLOAT_LIMIT_DB = 80.0  # float32 sums in another order stay far above this
+EXTERNAL_BYTES = 1024  # larger tensors go to the .data file
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What an export needs beside the model.
+
+    Attributes:
+        flavour: "portable" (int4 tensors) or "packed" (kernel layout).
+        sample: model inputs of one real conversation (input_ids [1, sequence], pixel_values, ...), for tracing sizes
+            and parity.
+        calibration: what export.json says of the calibration data, None for a float export.
+        seed: seed of the run, for export.json.
+    """
+
+    flavour: str
+    sample: dict[str, torch.Tensor]
+    calibration: dict[str, object] | None
+    seed: int
+
+
+def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest, folder: Path) -> None:
+    """Write all files of an export.
+
+    Args:
+        loaded: the model; already changed in place when `quantized` is given.
+        quantized: its quantized sites, None for a float export.
+        request: flavour, sample and provenance.
+        folder: existing empty folder.
+
+    Raises:
+        SplitQError: a graph cannot be traced as needed.
+    """
+    parity: dict[str, np.ndarray] = {}
+    with torch.inference_mode():
+        features = _parity_vision(loaded, request, parity)
+        embeds, modality = _parity_embed(loaded, request, features, parity)
+        _parity_decoder(loaded, quantized, embeds, modality, parity)
+    parts = {
+        "vision_encoder": _vision_graph(loaded, request),
+        "embed_tokens": _embed_graph(loaded, features),
+        "decoder": _decoder_graph(loaded, quantized, request, embeds.shape[-1]),
+    }
+    for name, model in parts.items():
+        _describe(model, name, quantized, request)
+        ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.onnx.data", size_threshold_bytes=EXTERNAL_BYTES)
+    np.savez(folder / PARITY_FILE, **parity)
+    _write_companions(loaded, folder)
+    write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features))
+
+
+def _vision_graph(loaded: LoadedModel, request: ExportRequest) -> ir.Model:
+    pixels = request.sample["pixel_values"]
+    model = trace(
+        VisionEncoder(loaded),
+        {"pixel_values": torch.cat([pixels, pixels])[:2].clone()},
+        input_names=["pixel_values"],
+        output_names=["image_features"],
+        dynamic={"pixel_values": {0: "images"}},
+    )
+    check_axes(model, {"pixel_values": {0: "images"}})
+    return model
+
+
+def _embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
+    dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "images"}}
+    model = trace(
+        EmbedTokens(loaded.model.get_input_embeddings(), loaded.image_token_id),
+        {
+            "input_ids": torch.zeros(2, 5, dtype=torch.long),
+            "image_features": torch.cat([features, features])[:2].clone(),
+        },
+        input_names=list(dynamic),
+        output_names=["inputs_embeds", "modality"],
+        dynamic=dynamic,
+    )
+    check_axes(model, dynamic)
+    return model
+
+
+def _decoder_graph(
+    loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest, hidden: int
+) -> ir.Model:
+    cache = CacheShape.of(loaded.model.config.get_text_config())
+    generator = torch.Generator().manual_seed(request.seed)
+    batch, sequence, past = 2, 3, 5  # 0 and 1 would be taken as constants
+    with_modality = quantized is not None and reads_modality(quantized)
+    inputs: dict[str, Any] = {
+        "inputs_embeds": torch.randn(batch, sequence, hidden, generator=generator),
+        "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
+        "position_ids": torch.arange(past, past + sequence).expand(batch, sequence).contiguous(),
+        "past": cache.random(batch, past, generator),
+    }
+    step = {0: "batch", 1: "sequence"}
+    kv = {0: "batch", 2: "past_sequence"}
+    axes: dict[str, dict[int, str]] = {
+        "inputs_embeds": step,
+        "attention_mask": {0: "batch", 1: "total_sequence"},
+        "position_ids": step,
+    }
+    dynamic: dict[str, Any] = {**axes, "past": [(kv, kv)] * cache.layers}
+    names = cache_names("past_key_values", cache.layers)
+    axes |= dict.fromkeys(names, kv)
+    if with_modality:
+        inputs["modality"] = torch.zeros(batch, sequence, dtype=torch.int8)
+        dynamic["modality"] = axes["modality"] = step
+    decoder = Decoder(loaded, with_modality=with_modality)
+
+    def traced() -> ir.Model:
+        return trace(
+            decoder,
+            inputs,
+            input_names=list(axes),
+            output_names=["logits", *cache_names("present", cache.layers)],
+            dynamic=dynamic,
+        )
+
+    if quantized is None:
+        model = traced()
+    else:
+        with placeholders(quantized):
+            model = traced()
+        packed = request.flavour == "packed"
+        expand_sites(model, quantized.sites, packed=packed)
+        attach_functions(model, (site_spec(site, packed=packed) for site in quantized.sites.values()))
+    check_axes(model, axes)
+    return model
+
+
+def cache_names(prefix: str, layers: int) -> list[str]:
+    """Names of the cache tensors: `<prefix>.<layer>.key`, `<prefix>.<layer>.value`."""
+    return [f"{prefix}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def _describe(model: ir.Model, part: str, quantized: QuantizedModel | None, request: ExportRequest) -> None:
+    """Provenance in the file itself, for whoever opens it alone."""
+    model.producer_name, model.producer_version = "splitq-edge", __version__
+    model.graph.name = part
+    model.metadata_props["splitq.part"] = part
+    if quantized is not None and part == "decoder":
+        model.metadata_props["splitq.scheme"] = quantized.config.scheme
+        model.metadata_props["splitq.flavour"] = request.flavour
+        model.metadata_props["splitq.effective_bits"] = f"{effective_bits(quantized.sites):.4f}"
+        model.metadata_props["splitq.recipe"] = json.dumps(quantized.config.to_dict())
+
+
+def _parity_vision(loaded: LoadedModel, request: ExportRequest, parity: dict[str, np.ndarray]) -> torch.Tensor:
+    pixels = request.sample["pixel_values"].float()
+    features = VisionEncoder(loaded)(pixels)
+    _store(parity, "vision_encoder/image", {"pixel_values": pixels}, {"image_features": features})
+    return features.clone()
+
+
+def _parity_embed(
+    loaded: LoadedModel, request: ExportRequest, features: torch.Tensor, parity: dict[str, np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    input_ids = request.sample["input_ids"]
+    embeds, modality = EmbedTokens(loaded.model.get_input_embeddings(), loaded.image_token_id)(input_ids, features)
+    _store(
+        parity,
+        "embed_tokens/prompt",
+        {"input_ids": input_ids, "image_features": features},
+        {"inputs_embeds": embeds, "modality": modality},
+    )
+    return embeds, modality
+
+
+def _parity_decoder(
+    loaded: LoadedModel,
+    quantized: QuantizedModel | None,
+    embeds: torch.Tensor,
+    modality: torch.Tensor,
+    parity: dict[str, np.ndarray],
+) -> None:
+    """Prefill of all but the last token of a real conversation, then one decode step with the last one."""
+    cache = CacheShape.of(loaded.model.config.get_text_config())
+    with_modality = quantized is not None and reads_modality(quantized)
+    decoder = Decoder(loaded, with_modality=with_modality)
+    names = cache_names("past_key_values", cache.layers)
+    tokens = embeds.shape[1]
+    past = [(torch.zeros(1, cache.heads, 0, cache.head_dim),) * 2 for _ in range(cache.layers)]
+    for case, begin, end in (("prefill", 0, tokens - 1), ("step", tokens - 1, tokens)):
+        inputs = {
+            "inputs_embeds": embeds[:, begin:end],
+            "attention_mask": torch.ones(1, end, dtype=torch.long),
+            "position_ids": torch.arange(begin, end)[None],
+        }
+        mask = modality[:, begin:end]
+        logits, *present = decoder(**inputs, past=list(past), modality=mask)
+        feeds = {**inputs, **dict(zip(names, (tensor for pair in past for tensor in pair), strict=True))}
+        if with_modality:
+            feeds["modality"] = mask
+        _store(parity, f"decoder/{case}", feeds, {"logits": logits[:, -PARITY_POSITIONS:]})
+        past = list(zip(present[::2], present[1::2], strict=True))
+
+
+def _store(
+    parity: dict[str, np.ndarray], case: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+) -> None:
+    for kind, tensors in (("in", inputs), ("out", outputs)):
+        for name, tensor in tensors.items():
+            parity[f"{case}/{kind}/{name}"] = np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
+def _write_companions(loaded: LoadedModel, folder: Path) -> None:
+    """Tokenizer, image processor, chat template, model and generation configuration."""
+    loaded.processor.save_pretrained(folder)
+    loaded.model.config.save_pretrained(folder)
+    if getattr(loaded.model, "generation_config", None) is not None:
+        loaded.model.generation_config.save_pretrained(folder)
+
+
+def _manifest(
+    loaded: LoadedModel,
+    quantized: QuantizedModel | None,
+    request: ExportRequest,
+    folder: Path,
+    features: torch.Tensor,
+) -> dict[str, Any]:
+    cache = CacheShape.of(loaded.model.config.get_text_config())
+    limits = dict.fromkeys(("vision_encoder", "embed_tokens", "decoder"), FLOAT_LIMIT_DB)
+    if quantized is not None:
+        limits["decoder"] = parity_limit_db(quantized.config.activation_bits)
+    eos, pad = _end_tokens(loaded)
+    return {
+        "schema": EXPORT_SCHEMA,
+        "splitq_edge": __version__,
+        "source": Path(loaded.source).name,
+        "model_type": loaded.adapter.model_type,
+        "scheme": "none" if quantized is None else quantized.config.scheme,
+        "flavour": request.flavour if quantized is not None else "float",
+        "effective_bits": 32.0 if quantized is None else round(effective_bits(quantized.sites), 4),
+        "recipe": None if quantized is None else quantized.config.to_dict(),
+        "calibration": request.calibration,
+        "seed": request.seed,
+        "parts": {name: {"file": f"{name}.onnx", "parity_limit_db": limit} for name, limit in limits.items()},
+        "modality_input": quantized is not None and reads_modality(quantized),
+        "image_token_id": loaded.image_token_id,
+        "image_tokens": features.shape[1],
+        "hidden_size": features.shape[2],
+        "eos_token_ids": eos,
+        "pad_token_id": pad,
+        "cache": {"layers": cache.layers, "heads": cache.heads, "head_dim": cache.head_dim, "dtype": "float32"},
+        "versions": _versions("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "numpy"),
+        "files": file_table(folder),
+    }
+
+
+def parity_limit_db(activation_bits: int) -> float:
+    """SQNR asked of quantized logits against the torch simulation.
+
+    Both hold the same integers, but a float sum in another order may tip a value that lies on a rounding boundary into
+    the next code. One step of the activation grid is an error of about 6 dB a bit below full scale in one channel of
+    one token; half of the uniform quantizer's own SQNR is far above what such flips leave and far below any real
+    mismatch, which destroys the logits.
+    """
+    return 3.0 * activation_bits + 6.0
+
+
+def _end_tokens(loaded: LoadedModel) -> tuple[list[int], int]:
+    generation = getattr(loaded.model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = loaded.processor.tokenizer.eos_token_id
+    eos_ids = [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]) if token is not None]
+    pad = getattr(generation, "pad_token_id", None)
+    if pad is None:
+        pad = loaded.processor.tokenizer.pad_token_id
+    return eos_ids, int(pad if pad is not None else (eos_ids or [0])[0])
+
+
+def _versions(*names: str) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

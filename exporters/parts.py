@@ -1,0 +1,125 @@
+"""The three graphs of an exported vision-language model as torch modules with tensor-only signatures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitq_edge.loading import LoadedModel
+from splitq_edge.modality import ModalityContext, modality_of
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values [images, 3, height, width] float32 -> image_features [images, image_tokens, hidden] float32.
+
+    Runs encoder, feature selection and projector by themselves: transformers' own `get_image_features` turns the batch
+    into a Python list, which would fix the number of images in the graph.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.encoder = loaded.model.get_submodule(loaded.adapter.vision_encoder)
+        self.projector = loaded.model.get_submodule(loaded.adapter.projector_module)
+        layers = loaded.model.config.vision_feature_layer
+        self.layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
+        self.drop_class_token = loaded.model.config.vision_feature_select_strategy == "default"
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Image rows of the language model's input."""
+        states = self.encoder(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        chosen = [states[layer][:, int(self.drop_class_token) :] for layer in self.layers]
+        return self.projector(torch.cat(chosen, -1))  # [images, image_tokens, hidden]
+
+
+class EmbedTokens(nn.Module):
+    """input_ids [batch, sequence], image_features -> inputs_embeds [batch, sequence, hidden], modality int8.
+
+    image_features is [images, image_tokens, hidden]; its rows replace the image tokens in reading order. A text-only
+    prompt passes zero images.
+    """
+
+    def __init__(self, embedding: nn.Module, image_token_id: int) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.image_token_id = image_token_id
+
+    def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up tokens and merge the image rows."""
+        embeds = self.embedding(input_ids)
+        rows = image_features.reshape(-1, embeds.shape[-1])
+        # One spare row keeps the gather valid without images; image tokens beyond the features are an error there.
+        rows = torch.cat([rows, torch.zeros(1, embeds.shape[-1])])
+        is_image = input_ids == self.image_token_id
+        index = is_image.reshape(-1).long().cumsum(0).reshape(input_ids.shape) - 1
+        merged = torch.where(is_image.unsqueeze(-1), rows[index.clamp(min=0)], embeds)
+        return merged, modality_of(input_ids, self.image_token_id)
+
+
+class Decoder(nn.Module):
+    """One step of the language model with its key-value cache.
+
+    inputs_embeds [batch, sequence, hidden], attention_mask int64 [batch, past + sequence], position_ids int64
+    [batch, sequence], modality int8 [batch, sequence] (if the scheme reads it), past key and value of every layer
+    [batch, kv_heads, past, head_dim] -> logits [batch, sequence, vocabulary] and the grown cache.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, with_modality: bool) -> None:
+        super().__init__()
+        self.language_model = loaded.model.get_submodule(loaded.adapter.language_model)
+        self.lm_head = loaded.model.get_submodule(loaded.adapter.lm_head)
+        self.with_modality = with_modality
+        self.context: ModalityContext = loaded.context
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+        modality: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits of every position, then present key and value of every layer."""
+        from transformers import DynamicCache
+
+        with self.context.using(modality):
+            output = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=DynamicCache([(key, value) for key, value in past]),
+                use_cache=True,
+            )
+        present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (self.lm_head(output.last_hidden_state), *present)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Shape of the key-value cache.
+
+    Attributes:
+        layers: decoder layers.
+        heads: key-value heads.
+        head_dim: channels a head.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> CacheShape:
+        """Read it from a language model's configuration."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim)
+
+    def random(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A random cache of `past` tokens, for tracing and parity samples."""
+        shape = (batch, self.heads, past, self.head_dim)
+        return [
+            (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+            for _ in range(self.layers)
+        ]

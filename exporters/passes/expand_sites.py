@@ -1,0 +1,100 @@
+"""Placeholder nodes -> one `SplitQLinear` node a site, its linears cut apart by a Split.
+
+Requires: `SitePart` placeholders, all parts of a site reading the same value.
+Ensures: no placeholder is left; every site of the model is one node with its initializers.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from splitq_edge.errors import SplitQError
+from splitq_edge.exporters.nodes import make_node
+from splitq_edge.exporters.site_weights import site_initializers, site_spec
+from splitq_edge.exporters.symbolic import DOMAIN, PLACEHOLDER
+from splitq_edge.modules.split_linear import SplitLinear
+
+
+def expand_sites(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bool) -> int:
+    """Expand all placeholders in place.
+
+    Args:
+        model: traced decoder.
+        sites: quantized sites by name.
+        packed: weights in kernel layout instead of int4 tensors.
+
+    Returns:
+        Number of nodes written.
+
+    Raises:
+        SplitQError: a site is missing from the graph or its parts read different values.
+    """
+    parts: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == PLACEHOLDER:
+            parts.setdefault(node.attributes["site"].as_string(), []).append(node)
+    if set(parts) != set(sites):
+        lost = sorted(set(sites) - set(parts)) or sorted(set(parts) - set(sites))
+        raise SplitQError(f"export: expected every quantized site in the traced graph, {lost[0]} differs")
+    for name, nodes in parts.items():
+        _expand(model, sites[name], nodes, packed=packed)
+    model.opset_imports[DOMAIN] = 1
+    return len(parts)
+
+
+def _expand(model: ir.Model, site: SplitLinear, parts: list[ir.Node], *, packed: bool) -> None:
+    if any(tuple(part.inputs) != tuple(parts[0].inputs) for part in parts):
+        raise SplitQError(f"export: {site.name}: expected its linears to read one value, they read several")
+    spec = site_spec(site, packed=packed)
+    values: dict[str, ir.Value | None] = dict(zip(("x", "modality"), parts[0].inputs, strict=False))
+    for input_name, proto in site_initializers(site, spec).items():
+        value = ir.Value(name=proto.name, const_value=ir.from_proto(proto))
+        value.shape = value.const_value.shape  # type: ignore[union-attr]
+        value.type = ir.TensorType(value.const_value.dtype)  # type: ignore[union-attr]
+        model.graph.register_initializer(value)
+        values[input_name] = value
+    values = {name: values[name] for name in spec.present_inputs}
+    proto_node = make_node(spec, {name: name for name in values}, "y", name=site.name)
+    node = ir.Node(
+        proto_node.domain,
+        proto_node.op_type,
+        inputs=[values[name] if name else None for name in proto_node.input],
+        attributes=[ir.from_proto(attribute) for attribute in proto_node.attribute],
+        overload=proto_node.overload,
+        name=site.name,
+        num_outputs=1,
+        metadata_props={"splitq.site": site.name},
+    )
+    output = node.outputs[0]
+    output.name = f"{site.name}.y"
+    source = parts[0].outputs[0]
+    output.dtype = source.dtype
+    if source.shape is not None:
+        output.shape = ir.Shape([*source.shape[:-1], site.out_features])
+    model.graph.insert_before(parts[0], node)
+    pieces = _split(model, site, node, parts) if len(parts) > 1 else [output]
+    for part, piece in zip(parts, pieces, strict=True):
+        ir.convenience.replace_all_uses_with(part.outputs[0], piece)
+    model.graph.remove(parts, safe=True)
+
+
+def _split(model: ir.Model, site: SplitLinear, node: ir.Node, parts: list[ir.Node]) -> list[ir.Value]:
+    """The linears' outputs out of the site's."""
+    widths = [part.attributes["width"].as_int() for part in parts]
+    sizes = ir.Value(name=f"{site.name}.widths", const_value=ir.tensor(widths, dtype=ir.DataType.INT64))
+    sizes.shape, sizes.type = ir.Shape([len(widths)]), ir.TensorType(ir.DataType.INT64)
+    model.graph.register_initializer(sizes)
+    split = ir.Node(
+        "",
+        "Split",
+        inputs=[node.outputs[0], sizes],
+        attributes=[ir.AttrInt64("axis", -1)],
+        num_outputs=len(parts),
+        name=f"{site.name}.split",
+    )
+    for piece, part in zip(split.outputs, parts, strict=True):
+        linear = part.attributes["part"].as_string().rpartition(".")[2]
+        piece.name = f"{site.name}.{linear}"
+        piece.shape, piece.type = part.outputs[0].shape, part.outputs[0].type
+    model.graph.insert_after(node, split)
+    return list(split.outputs)

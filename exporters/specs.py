@@ -1,0 +1,453 @@
+"""What a node of domain `ai.splitq` states (docs/ops.md): attributes, optional inputs, weight form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from splitq_edge.errors import SplitQError
+
+DOMAIN = "ai.splitq"
+VERSION = 1
+BITS = (2, 3, 4, 8)
+GROUPS = ("main", "text", "vision")
+MAC_ROWS = ("text", "all")
+
+SPLIT_INPUTS = (
+    "x",
+    "channel_order",
+    "channel_scale",
+    "p1_main",
+    "p2_main",
+    "p1_text",
+    "p2_text",
+    "p1_vision",
+    "p2_vision",
+    "activation_clip",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelSplitQuantizeSpec:
+    """All that a `ChannelSplitQuantize` node states.
+
+    Attributes:
+        K: input channels.
+        group_widths: (K_m, K_t, K_v), the channels of the groups main, text and vision.
+        activation_bits: bits of the main codes.
+        outlier_activation_bits: bits of the text and vision codes.
+        activation_symmetric: False for asymmetric main codes (activation_bits below 8).
+        residual_bits: bits of the residual codes.
+        channel_order: whether the input channel_order is given; so for the four below.
+        channel_scale: see channel_order.
+        transforms: whether the Kronecker factors of main, text and vision are given.
+        activation_clip: see channel_order.
+        residual: whether the residual outputs are wanted.
+
+    Raises:
+        SplitQError: a value outside the contract.
+    """
+
+    K: int
+    group_widths: tuple[int, int, int]
+    activation_bits: int
+    outlier_activation_bits: int = 8
+    activation_symmetric: bool = True
+    residual_bits: int = 8
+    channel_order: bool = False
+    channel_scale: bool = False
+    transforms: tuple[bool, bool, bool] = (False, False, False)
+    activation_clip: bool = False
+    residual: bool = False
+
+    op_type: ClassVar[str] = "ChannelSplitQuantize"
+    inputs: ClassVar[tuple[str, ...]] = SPLIT_INPUTS
+    outputs: ClassVar[tuple[str, ...]] = tuple(
+        f"{group}_{part}" for group in (*GROUPS, "residual") for part in ("codes", "scale")
+    )
+
+    def __post_init__(self) -> None:
+        _check_activations(self)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that have channels."""
+        return tuple(group for group, width in zip(GROUPS, self.group_widths, strict=True) if width)
+
+    @property
+    def present_inputs(self) -> tuple[str, ...]:
+        """The inputs the node takes, in the order of the contract."""
+        return tuple(name for name in self.inputs if name == "x" or _takes_split_input(self, name))
+
+    @property
+    def present_outputs(self) -> tuple[str, ...]:
+        """The outputs the node gives, in the order of the contract."""
+        given = (*self.groups, "residual") if self.residual else self.groups
+        return tuple(name for name in self.outputs if name.split("_")[0] in given)
+
+    @property
+    def attributes(self) -> dict[str, int | list[int]]:
+        """The attributes of the node, all of them."""
+        return {
+            "K": self.K,
+            "group_widths": list(self.group_widths),
+            "activation_bits": self.activation_bits,
+            "outlier_activation_bits": self.outlier_activation_bits,
+            "activation_symmetric": int(self.activation_symmetric),
+            "residual_bits": self.residual_bits,
+        }
+
+    @property
+    def overload(self) -> str:
+        """Names the variant; the same for equal specs and for no other."""
+        residual = f"res{self.residual_bits}" if self.residual else _unless(self.residual_bits, 8, "r{}")
+        return _join(_activation_token(self), _widths_token(self), *_activation_flags(self), residual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossModalCorrectionSpec:
+    """All that a `CrossModalCorrection` node states.
+
+    Attributes:
+        K: input channels, K_m of the site.
+        N: output channels.
+        bits: bits of u and v.
+        cws_rank: columns of u and rows of v that CWS uses; 0 for none.
+        mac_rank: the same for MAC.
+        mac_rows: "text" for MAC on rows of modality 0, "all" for every row.
+        packed: whether u and v are packed.
+
+    Raises:
+        SplitQError: a value outside the contract.
+    """
+
+    K: int
+    N: int
+    bits: int = 4
+    cws_rank: int = 0
+    mac_rank: int = 0
+    mac_rows: str = "text"
+    packed: bool = False
+
+    op_type: ClassVar[str] = "CrossModalCorrection"
+    inputs: ClassVar[tuple[str, ...]] = (
+        "main_codes",
+        "main_scale",
+        "residual_codes",
+        "residual_scale",
+        "modality",
+        "u",
+        "u_scale",
+        "v",
+        "v_scale",
+        "gate_cws",
+        "gate_mac",
+    )
+    outputs: ClassVar[tuple[str, ...]] = ("correction",)
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "K", "N")
+        _check_bits(self, "bits")
+        _check_ranks(self)
+        if not self.rank:
+            raise SplitQError(f"{self.op_type}: expected a rank above 0, got none; leave the node out")
+
+    @property
+    def rank(self) -> int:
+        """R, the columns of u and rows of v."""
+        return max(self.cws_rank, self.mac_rank)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the modality decides which rows take MAC."""
+        return self.mac_rank > 0 and self.mac_rows == "text"
+
+    @property
+    def present_inputs(self) -> tuple[str, ...]:
+        """The inputs the node takes, in the order of the contract."""
+        absent: set[str] = set()
+        if not self.mac_rank:
+            absent |= {"residual_codes", "residual_scale", "gate_mac"}
+        if not self.cws_rank:
+            absent |= {"gate_cws"}
+        if not self.masked:
+            absent |= {"modality"}
+        return tuple(name for name in self.inputs if name not in absent)
+
+    @property
+    def present_outputs(self) -> tuple[str, ...]:
+        """The outputs the node gives."""
+        return self.outputs
+
+    @property
+    def attributes(self) -> dict[str, int | str]:
+        """The attributes of the node, all of them."""
+        names = ("K", "N", "bits", "cws_rank", "mac_rank", "mac_rows")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def overload(self) -> str:
+        """Names the variant; the same for equal specs and for no other."""
+        packed = "packed" if self.packed else ""
+        return _join(f"w{self.bits}", f"k{self.K}", f"n{self.N}", *_rank_tokens(self), packed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitQLinearSpec:
+    """All that a `SplitQLinear` node states: attributes, optional inputs and weight form.
+
+    Attributes:
+        K: input channels.
+        N: output channels.
+        group_widths: (K_m, K_t, K_v), the channels of the groups main, text and vision.
+        bits: bits of the main weight.
+        activation_bits: bits of the main activations.
+        outlier_bits: bits of the text and vision weights.
+        outlier_activation_bits: bits of the text and vision activations.
+        activation_symmetric: False for asymmetric main activations (activation_bits below 8).
+        residual_bits: bits of MAC's residual.
+        correction_bits: bits of u and v.
+        block_size: input channels that share a scale of the main weight; 0 for all of them.
+        cws_rank: columns of u and rows of v that CWS uses; 0 for none.
+        mac_rank: the same for MAC.
+        mac_rows: "text" for MAC on rows of modality 0, "all" for every row.
+        channel_order: whether the input channel_order is given; so for the four below.
+        channel_scale: see channel_order.
+        transforms: whether the Kronecker factors of main, text and vision are given.
+        activation_clip: see channel_order.
+        bias: see channel_order.
+        packed: whether the weights are packed (for the native kernels) instead of INT4 or INT8 tensors.
+
+    Raises:
+        SplitQError: a value outside the contract.
+    """
+
+    K: int
+    N: int
+    group_widths: tuple[int, int, int]
+    bits: int
+    activation_bits: int
+    outlier_bits: int = 4
+    outlier_activation_bits: int = 8
+    activation_symmetric: bool = True
+    residual_bits: int = 8
+    correction_bits: int = 4
+    block_size: int = 0
+    cws_rank: int = 0
+    mac_rank: int = 0
+    mac_rows: str = "text"
+    channel_order: bool = False
+    channel_scale: bool = False
+    transforms: tuple[bool, bool, bool] = (False, False, False)
+    activation_clip: bool = False
+    bias: bool = False
+    packed: bool = False
+
+    op_type: ClassVar[str] = "SplitQLinear"
+    inputs: ClassVar[tuple[str, ...]] = (
+        "x",
+        "modality",
+        *SPLIT_INPUTS[1:],
+        *(f"{part}_{group}" for group in GROUPS for part in ("weight", "scale")),
+        "u",
+        "u_scale",
+        "v",
+        "v_scale",
+        "gate_cws",
+        "gate_mac",
+        "bias",
+    )
+    outputs: ClassVar[tuple[str, ...]] = ("y",)
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "N")
+        _check_bits(self, "bits", "outlier_bits", "correction_bits")
+        _check_ranks(self)
+        _check_activations(self)
+        if self.block_size and (self.block_size < 16 or self.block_size % 16):
+            raise SplitQError(
+                f"{self.op_type}: expected block_size 0 or a multiple of 16, got {self.block_size}; "
+                "change the group size of the recipe"
+            )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that have channels."""
+        return self.quantize.groups
+
+    @property
+    def quantize(self) -> ChannelSplitQuantizeSpec:
+        """The first half of the node."""
+        return ChannelSplitQuantizeSpec(
+            K=self.K,
+            group_widths=self.group_widths,
+            activation_bits=self.activation_bits,
+            outlier_activation_bits=self.outlier_activation_bits,
+            activation_symmetric=self.activation_symmetric,
+            residual_bits=self.residual_bits,
+            channel_order=self.channel_order,
+            channel_scale=self.channel_scale,
+            transforms=self.transforms,
+            activation_clip=self.activation_clip,
+            residual=self.mac_rank > 0,
+        )
+
+    @property
+    def correction(self) -> CrossModalCorrectionSpec | None:
+        """The low-rank half of the node, if it has one."""
+        if not max(self.cws_rank, self.mac_rank):
+            return None
+        return CrossModalCorrectionSpec(
+            K=self.group_widths[0],
+            N=self.N,
+            bits=self.correction_bits,
+            cws_rank=self.cws_rank,
+            mac_rank=self.mac_rank,
+            mac_rows=self.mac_rows,
+            packed=self.packed,
+        )
+
+    @property
+    def present_inputs(self) -> tuple[str, ...]:
+        """The inputs the node takes, in the order of the contract."""
+        present = {f"{part}_{group}" for group in self.groups for part in ("weight", "scale")}
+        present.update(self.quantize.present_inputs)
+        if self.correction:
+            activations = {"main_codes", "main_scale", "residual_codes", "residual_scale"}
+            present.update(set(self.correction.present_inputs) - activations)
+        if self.bias:
+            present.add("bias")
+        return tuple(name for name in self.inputs if name in present)
+
+    @property
+    def present_outputs(self) -> tuple[str, ...]:
+        """The outputs the node gives."""
+        return self.outputs
+
+    @property
+    def attributes(self) -> dict[str, int | str | list[int]]:
+        """The attributes of the node, all of them."""
+        return {
+            "K": self.K,
+            "N": self.N,
+            "group_widths": list(self.group_widths),
+            "bits": self.bits,
+            "activation_bits": self.activation_bits,
+            "outlier_bits": self.outlier_bits,
+            "outlier_activation_bits": self.outlier_activation_bits,
+            "activation_symmetric": int(self.activation_symmetric),
+            "residual_bits": self.residual_bits,
+            "correction_bits": self.correction_bits,
+            "block_size": self.block_size,
+            "cws_rank": self.cws_rank,
+            "mac_rank": self.mac_rank,
+            "mac_rows": self.mac_rows,
+        }
+
+    @property
+    def overload(self) -> str:
+        """Names the variant; the same for equal specs and for no other."""
+        block = f"b{self.block_size}" if self.block_size else ""
+        return _join(
+            f"w{self.bits}{block}{_activation_token(self)}",
+            _widths_token(self),
+            f"n{self.N}",
+            *_rank_tokens(self),
+            _unless(self.outlier_bits, 4, "ow{}"),
+            _unless(self.residual_bits, 8, "r{}"),
+            _unless(self.correction_bits, 4, "c{}"),
+            *_activation_flags(self),
+            "bias" if self.bias else "",
+            "packed" if self.packed else "",
+        )
+
+
+Spec = SplitQLinearSpec | ChannelSplitQuantizeSpec | CrossModalCorrectionSpec
+
+
+def _takes_split_input(spec: ChannelSplitQuantizeSpec, name: str) -> bool:
+    """Whether an optional input of the first half is given."""
+    if name.startswith(("p1_", "p2_")):
+        return spec.transforms[GROUPS.index(name[3:])]
+    return getattr(spec, name)
+
+
+def _check_activations(spec: SplitQLinearSpec | ChannelSplitQuantizeSpec) -> None:
+    """Checks what the two specs with a quantization of activations share."""
+    _check_bits(spec, "activation_bits", "outlier_activation_bits", "residual_bits")
+    widths = spec.group_widths
+    if len(widths) != len(GROUPS) or widths[0] < 1 or min(widths) < 0 or sum(widths) != spec.K:
+        raise SplitQError(
+            f"{spec.op_type}: expected group_widths [K_m, K_t, K_v] with K_m > 0 and the sum K = {spec.K}, "
+            f"got {list(widths)}; correct the split plan"
+        )
+    for group, width, transform in zip(GROUPS, widths, spec.transforms, strict=True):
+        if transform and not width:
+            raise SplitQError(
+                f"{spec.op_type}: expected no transform of the empty {group} group, got one; drop it"
+            )
+    if not spec.activation_symmetric and spec.activation_bits == 8:
+        raise SplitQError(
+            f"{spec.op_type}: expected activation_bits below 8 for asymmetric activations, got 8; "
+            "set activation_symmetric"
+        )
+
+
+def _check_bits(spec: Spec, *names: str) -> None:
+    for name in names:
+        if getattr(spec, name) not in BITS:
+            raise SplitQError(
+                f"{spec.op_type}: expected {name} 2, 3, 4 or 8, got {getattr(spec, name)}; change the recipe"
+            )
+
+
+def _check_positive(spec: Spec, *names: str) -> None:
+    for name in names:
+        if getattr(spec, name) < 1:
+            raise SplitQError(
+                f"{spec.op_type}: expected {name} above 0, got {getattr(spec, name)}; give the shape"
+            )
+
+
+def _check_ranks(spec: SplitQLinearSpec | CrossModalCorrectionSpec) -> None:
+    if min(spec.cws_rank, spec.mac_rank) < 0:
+        raise SplitQError(
+            f"{spec.op_type}: expected ranks of 0 or more, got cws_rank {spec.cws_rank}, "
+            f"mac_rank {spec.mac_rank}; use 0 for none"
+        )
+    if spec.mac_rows not in MAC_ROWS:
+        raise SplitQError(
+            f"{spec.op_type}: expected mac_rows text or all, got '{spec.mac_rows}'; choose one of them"
+        )
+
+
+def _join(*tokens: str) -> str:
+    return "_".join(token for token in tokens if token)
+
+
+def _unless(value: int, default: int, form: str) -> str:
+    return "" if value == default else form.format(value)
+
+
+def _activation_token(spec: SplitQLinearSpec | ChannelSplitQuantizeSpec) -> str:
+    return f"a{spec.activation_bits}" + ("" if spec.activation_symmetric else "u")
+
+
+def _widths_token(spec: SplitQLinearSpec | ChannelSplitQuantizeSpec) -> str:
+    return ".".join(map(str, spec.group_widths))
+
+
+def _activation_flags(spec: SplitQLinearSpec | ChannelSplitQuantizeSpec) -> list[str]:
+    transforms = "".join(str(int(given)) for given in spec.transforms)
+    return [
+        _unless(spec.outlier_activation_bits, 8, "oa{}"),
+        "order" if spec.channel_order else "",
+        "scale" if spec.channel_scale else "",
+        f"p{transforms}" if any(spec.transforms) else "",
+        "clip" if spec.activation_clip else "",
+    ]
+
+
+def _rank_tokens(spec: SplitQLinearSpec | CrossModalCorrectionSpec) -> list[str]:
+    mac = f"mac{spec.mac_rank}" + ("all" if spec.mac_rows == "all" else "")
+    return [f"cws{spec.cws_rank}" if spec.cws_rank else "", mac if mac != "mac0" else ""]

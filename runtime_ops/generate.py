@@ -1,0 +1,142 @@
+"""Greedy text from an exported model: the thin loop around the three sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from splitq_edge.errors import SplitQError
+from splitq_edge.runtime_ops.session import ExportedModel
+
+
+def greedy_tokens(
+    model: ExportedModel,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    image_features: np.ndarray,
+    *,
+    max_new_tokens: int,
+) -> Iterator[np.ndarray]:
+    """Greedy decoding of a batch.
+
+    Args:
+        model: the exported model.
+        input_ids: [batch, sequence] int64, left-padded.
+        attention_mask: [batch, sequence] int64.
+        image_features: rows of all images of the batch in reading order, see `ExportedModel.embed`.
+        max_new_tokens: limit of new tokens a row.
+
+    Yields:
+        [batch] int64, the next token of every row; after a row's end token its padding token. Ends when all rows have
+        ended.
+    """
+    eos, pad = np.array(model.manifest["eos_token_ids"]), model.manifest["pad_token_id"]
+    embeds, modality = model.embed(input_ids, image_features)
+    mask = attention_mask.astype(np.int64)
+    cache = model.empty_cache(input_ids.shape[0])
+    done = np.zeros(input_ids.shape[0], bool)
+    no_images = image_features[:0]
+    for step in range(max_new_tokens):
+        logits, cache = model.decode(embeds, modality, mask, cache)
+        tokens = np.where(done, pad, logits[:, -1].argmax(-1))
+        yield tokens
+        done |= np.isin(tokens, eos)
+        if done.all() or step + 1 == max_new_tokens:
+            return
+        embeds, modality = model.embed(tokens[:, None], no_images)
+        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], -1)
+
+
+class Generator:
+    """Answers questions with an exported model.
+
+    Args:
+        model: the exported model; its folder also holds tokenizer, image processor and chat template.
+    """
+
+    def __init__(self, model: ExportedModel) -> None:
+        self.model = model
+        self.processor = load_processor(model.folder)
+
+    def prepare(self, messages: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """Model inputs of one chat as numpy arrays (input_ids, attention_mask, pixel_values).
+
+        Raises:
+            SplitQError: the processor refuses the chat, for example an image that cannot be read.
+        """
+        try:
+            encoded = self.processor.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_tensors="np", add_generation_prompt=True
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise SplitQError(f"prompt: the model's processor refused it ({reason})") from error
+        return {name: np.asarray(value) for name, value in encoded.items()}
+
+    def stream(self, prompt: str, images: list[Any], *, max_new_tokens: int = 64) -> Iterator[str]:
+        """Pieces of the greedy answer as they come.
+
+        Args:
+            prompt: the user's text.
+            images: PIL images, put before the text.
+            max_new_tokens: limit.
+        """
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+        inputs = self.prepare([{"role": "user", "content": content}])
+        features = self.model.encode_images(inputs.get("pixel_values"))
+        tokens: list[int] = []
+        shown = ""
+        steps = greedy_tokens(
+            self.model,
+            inputs["input_ids"].astype(np.int64),
+            inputs["attention_mask"],
+            features,
+            max_new_tokens=max_new_tokens,
+        )
+        for step in steps:
+            tokens.append(int(step[0]))
+            text = self.processor.decode(tokens, skip_special_tokens=True).lstrip()
+            if text.endswith("\ufffd"):  # half of a character: wait for the rest
+                continue
+            yield text[len(shown) :]
+            shown = text
+
+    def answer(self, prompt: str, images: list[Any], *, max_new_tokens: int = 64) -> str:
+        """The whole greedy answer."""
+        return "".join(self.stream(prompt, images, max_new_tokens=max_new_tokens)).strip()
+
+
+def load_processor(folder: Path) -> Any:
+    """Tokenizer, image processor and chat template of an exported folder (transformers, without torch).
+
+    Raises:
+        SplitQError: they cannot be loaded.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SplitQError(f"processor {folder}: cannot be loaded ({reason}); export the model again") from error
+
+
+def open_image(path: Path) -> Any:
+    """A picture file as a PIL image in RGB.
+
+    Raises:
+        SplitQError: missing or no readable picture.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise SplitQError(f"image {path}: expected a file, found none; check the path") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SplitQError(f"image {path}: expected a readable picture ({reason}); give a PNG or JPEG file") from error

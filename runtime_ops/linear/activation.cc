@@ -1,0 +1,48 @@
+#include "linear/activation.h"
+
+#include "quantize/gather.h"
+#include "quantize/rows.h"
+
+namespace splitq {
+namespace {
+
+float QuantizeGroup(const ChannelGroup& group, const float* values, int8_t* codes) {
+  const auto quantize = group.symmetric ? QuantizeSymmetric : QuantizeAsymmetric;
+  return quantize(values, group.width, group.bits, group.clip, codes);
+}
+
+// e = a - code * scale, quantized in turn (eq. 18).
+void QuantizeResidual(const ActivationPlan& plan, const float* values, float* workspace,
+                      const RowTarget& target) {
+  const int64_t width = plan.groups[kMain].width;
+  Residual(values, target.codes[kMain], *target.scale[kMain], width, workspace);
+  *target.residual_scale =
+      QuantizeSymmetric(workspace, width, plan.residual_bits, 1.0f, target.residual);
+}
+
+}  // namespace
+
+void QuantizeRow(const ActivationPlan& plan, const float* x, float* workspace,
+                 const RowTarget& target) {
+  float* gathered = workspace;
+  float* product = workspace + plan.channels;
+  float* transformed = product + plan.channels;
+  GatherChannels(x, plan.order, plan.scale, plan.channels, gathered);
+  for (int g = 0; g < kGroups; ++g) {
+    const ChannelGroup& group = plan.groups[g];
+    if (group.width > 0 && target.codes[g] != nullptr) {
+      const float* values = gathered;
+      if (group.factors.p1 != nullptr) {
+        ApplyKronecker(group.factors, gathered, product, transformed);
+        values = transformed;
+      }
+      *target.scale[g] = QuantizeGroup(group, values, target.codes[g]);
+      if (g == kMain && target.residual != nullptr) {
+        QuantizeResidual(plan, values, product, target);
+      }
+    }
+    gathered += group.width;
+  }
+}
+
+}  // namespace splitq

@@ -1,0 +1,49 @@
+#include "linear/correction.h"
+
+#include <algorithm>
+
+#include "linear/panel_terms.h"
+#include "quantize/rows.h"
+
+namespace splitq {
+namespace {
+
+constexpr int kLatentBits = 8;
+
+// Adds gate * terms of the columns below `rank` to z, rows through `index` (null: the identity).
+void AddBranch(const Correction& correction, const CodeRows& rows, const int64_t* index,
+               int64_t count, const float* gate, int64_t rank, float* z) {
+  FloatTile terms;
+  for (int64_t first = 0; first < rank; first += kPanel) {
+    PanelTerms(correction.u, first / kPanel, rows, count, terms);
+    const int64_t width = std::min(rank - first, kPanel);
+    for (int64_t m = 0; m < count; ++m) {
+      float* target = z + (index != nullptr ? index[m] : m) * correction.rank() + first;
+      for (int64_t n = 0; n < width; ++n) target[n] += terms[m * kPanel + n] * gate[first + n];
+    }
+  }
+}
+
+}  // namespace
+
+int64_t LatentWorkspace(const Correction& correction) { return kTileRows * correction.rank(); }
+
+void QuantizeLatent(const Correction& correction, const CodeRows& main, const MacRows& mac,
+                    int64_t count, float* workspace, const CodeRows& latent) {
+  const int64_t rank = correction.rank();
+  std::fill(workspace, workspace + count * rank, 0.0f);
+  if (correction.cws_rank > 0) {
+    AddBranch(correction, main, nullptr, count, correction.gate_cws, correction.cws_rank,
+              workspace);
+  }
+  if (mac.count > 0) {
+    AddBranch(correction, mac.residual, mac.index, mac.count, correction.gate_mac,
+              correction.mac_rank, workspace);
+  }
+  for (int64_t m = 0; m < count; ++m) {
+    latent.scale[m] =
+        QuantizeSymmetric(workspace + m * rank, rank, kLatentBits, 1.0f, latent.row(m));
+  }
+}
+
+}  // namespace splitq

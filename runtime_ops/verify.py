@@ -1,0 +1,103 @@
+"""Does a part answer as torch did? Runs the parity samples that an export carries."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from splitq_edge.artifacts import sha256_of
+from splitq_edge.errors import ArtifactError
+from splitq_edge.runtime_ops.session import PARTS, ExportedModel
+
+PARITY_FILE = "parity.npz"
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One compared output.
+
+    Attributes:
+        part: graph.
+        output: output name.
+        values: how many numbers were compared.
+        max_error: largest absolute difference.
+        sqnr_db: power of the reference over power of the difference, in dB; infinite when equal.
+        same_top: share of rows (last axis) whose largest entry is at the same place.
+        limit_db: SQNR that was asked for.
+    """
+
+    part: str
+    output: str
+    values: int
+    max_error: float
+    sqnr_db: float
+    same_top: float
+    limit_db: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the output is close enough."""
+        return self.sqnr_db >= self.limit_db
+
+
+def verify_parity(model: ExportedModel) -> list[ParityRow]:
+    """Run every part on the stored inputs and compare with the stored outputs of torch.
+
+    Raises:
+        ArtifactError: the parity file is missing or damaged.
+    """
+    path = model.folder / PARITY_FILE
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            samples = {name: stored[name] for name in stored.files}
+    except Exception as error:
+        raise ArtifactError(f"{path}: expected the parity samples ({error}); export the model again") from error
+    rows = []
+    for part in PARTS:
+        for case in sorted({name.split("/")[1] for name in samples if name.startswith(f"{part}/")}):
+            prefix = f"{part}/{case}"
+            feeds = _under(samples, f"{prefix}/in/")
+            outputs = model.run(part, feeds)
+            limit = float(model.manifest["parts"][part]["parity_limit_db"])
+            for name, expected in _under(samples, f"{prefix}/out/").items():
+                rows.append(_compare(f"{part} {case}", name, outputs[name], expected, limit))
+    return rows
+
+
+def verify_files(model: ExportedModel) -> None:
+    """Check the hash of every file of the export.
+
+    Raises:
+        ArtifactError: a file changed.
+    """
+    for name, entry in model.manifest["files"].items():
+        found = sha256_of(model.folder / name)
+        if found != entry["sha256"]:
+            raise ArtifactError(
+                f"{model.folder / name}: expected sha256 {entry['sha256'][:12]}..., got {found[:12]}...; "
+                "the file was changed after the export"
+            )
+
+
+def _under(samples: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in samples.items() if name.startswith(prefix)}
+
+
+def _compare(part: str, name: str, got: np.ndarray, expected: np.ndarray, limit: float) -> ParityRow:
+    # Logits are stored for the last positions only.
+    if got.ndim == expected.ndim >= 2 and got.shape[-2] > expected.shape[-2]:
+        got = got[..., -expected.shape[-2] :, :]
+    if got.shape != expected.shape:
+        return ParityRow(part, name, expected.size, math.inf, -math.inf, 0.0, limit)
+    difference = got.astype(np.float64) - expected.astype(np.float64)
+    noise, signal = float((difference**2).sum()), float((expected.astype(np.float64) ** 2).sum())
+    if not math.isfinite(noise):
+        sqnr = -math.inf
+    elif noise == 0:
+        sqnr = math.inf
+    else:
+        sqnr = 10 * math.log10(max(signal, 1e-30) / noise)
+    top = float((got.argmax(-1) == expected.argmax(-1)).mean())
+    return ParityRow(part, name, expected.size, float(np.abs(difference).max(initial=0)), sqnr, top, limit)

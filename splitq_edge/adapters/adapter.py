@@ -1,0 +1,60 @@
+"""A model family as data: where its blocks are, which linears share an input, how images enter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation and the linears that read it (names relative to the block)."""
+
+    name: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """What the pipeline must know of a model type; module paths are those of the transformers class.
+
+    Attributes:
+        model_type: `config.model_type`.
+        vision_encoder: module that maps pixel_values to hidden states.
+        vision_blocks: module list of its blocks.
+        vision_block: sites of one of them.
+        projector_module: module between the vision encoder and the language model.
+        projector: its linears.
+        language_model: module that maps inputs_embeds to hidden states.
+        language_blocks: module list of its blocks.
+        language_block: sites of one of them.
+        image_token_field: config field that holds the image token id.
+        lm_head: the output projection.
+    """
+
+    model_type: str
+    vision_encoder: str
+    vision_blocks: str
+    vision_block: tuple[Site, ...]
+    projector_module: str
+    projector: tuple[str, ...]
+    language_model: str
+    language_blocks: str
+    language_block: tuple[Site, ...]
+    image_token_field: str
+    lm_head: str = "lm_head"
+
+    def site_name(self, block: int, site: Site) -> str:
+        """Name of a language site in plans, files and messages: "layers.3.attn_in"."""
+        return f"layers.{block}.{site.name}"
+
+    def claims(self, linear: str) -> list[str]:
+        """What claims a linear (its dotted name): exactly one entry when the adapter fits the model."""
+        hits = [linear] if linear in self.projector or linear == self.lm_head else []
+        for prefix, sites in (
+            (self.vision_blocks, self.vision_block),
+            (self.language_blocks, self.language_block),
+        ):
+            head, _, tail = linear.removeprefix(prefix + ".").partition(".")
+            if linear.startswith(prefix + ".") and head.isdigit():
+                hits += [site.name for site in sites if tail in site.linears]
+        return hits

@@ -1,0 +1,21 @@
+"""The model types that can be quantized."""
+
+from splitq_edge.adapters import llava
+from splitq_edge.adapters.adapter import ModelAdapter
+from splitq_edge.errors import UnsupportedModelError
+
+ADAPTERS: dict[str, ModelAdapter] = {module.ADAPTER.model_type: module.ADAPTER for module in (llava,)}
+
+
+def adapter_for(model_type: str) -> ModelAdapter:
+    """The adapter of a model type.
+
+    Raises:
+        UnsupportedModelError: none is known; the message lists the supported types.
+    """
+    if model_type not in ADAPTERS:
+        raise UnsupportedModelError(
+            f"model type '{model_type}': expected one of {', '.join(sorted(ADAPTERS))}; "
+            "use a model of a supported family"
+        )
+    return ADAPTERS[model_type]

@@ -1,0 +1,155 @@
+"""Files on disk: atomic writing of files and folders, hashes, schema numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from splitq_edge.errors import ArtifactError, SplitQError
+
+EXPORT_SCHEMA = 1
+EXPORT_FILE = "export.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader never sees half of it (temporary file, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_table(folder: Path) -> dict[str, dict[str, object]]:
+    """Size in bytes and sha256 of every file of a folder, by relative path, export.json left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != EXPORT_FILE)
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in files
+    }
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """The checked content of an exported folder's export.json.
+
+    Raises:
+        SplitQError: the folder is missing.
+        ArtifactError: no export.json, a newer schema, or a listed file is missing or of another size.
+    """
+    if not folder.is_dir():
+        raise SplitQError(f"exported model {folder}: expected a folder, found none; check the path")
+    path = folder / EXPORT_FILE
+    if not path.is_file():
+        raise ArtifactError(
+            f"exported model {folder}: expected {EXPORT_FILE}, found none; make the folder with `splitq-edge export`"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema = content["schema"]
+        files = content["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: expected the JSON of an export ({error!r}); export the model again") from error
+    if not isinstance(schema, int) or schema > EXPORT_SCHEMA:
+        raise ArtifactError(
+            f"{path}: expected schema {EXPORT_SCHEMA} or older, got {schema!r}; upgrade splitq-edge to read this export"
+        )
+    for name, entry in files.items():
+        check_file(folder, name, entry["bytes"])
+    return dict(content)
+
+
+def check_file(folder: Path, name: str, size: int) -> None:
+    """Check that a listed file is there in its full length.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise ArtifactError(f"{path}: expected a file of {size} bytes, found none; copy the whole exported folder")
+    found = path.stat().st_size
+    if found != size:
+        raise ArtifactError(f"{path}: expected {size} bytes, got {found}; copy the exported folder again")
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Check that an export may be written to `out`; called before any work is done.
+
+    Raises:
+        SplitQError: `out` is a file, or a non-empty folder without `force`, or one that `force` may not replace.
+    """
+    if out.exists() and not out.is_dir():
+        raise SplitQError(f"output {out}: expected a folder, got a file; choose another name")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not force:
+        raise SplitQError(f"output {out}: expected an empty or new folder, it has files; use --force to replace it")
+    if not (out / EXPORT_FILE).is_file():
+        raise SplitQError(
+            f"output {out}: --force replaces exported folders only and this one has no {EXPORT_FILE}; "
+            "choose another name or empty it yourself"
+        )
+
+
+@contextmanager
+def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its name when the block ends well and vanishes when it does not.
+
+    Raises:
+        SplitQError: see `check_target`; or the parent folder cannot be written.
+    """
+    check_target(out, force=force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise SplitQError(f"output {out}: expected a writable place ({error.strerror}); choose another") from error
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        _replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Rename `staging` to `out`; what was there goes only after the new folder stands in its place."""
+    if not out.exists():
+        staging.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+    out.rename(aside / "old")
+    try:
+        staging.rename(out)
+    except BaseException:
+        (aside / "old").rename(out)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,136 @@
+"""Calibration samples: image-text chats from a built-in task's training split or from a user's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitq_edge.errors import SplitQError
+from splitq_edge.evaluate.tasks import TASKS, load_task
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CalibrationSample:
+    """One conversation; image parts hold a path under the key "path".
+
+    Attributes:
+        messages: chat messages in transformers' form, `{"role", "content": [{"type": "image" | "text", ...}]}`.
+        origin: where the sample came from, for messages ("file:line" or task name).
+    """
+
+    messages: tuple[Message, ...]
+    origin: str
+
+
+def load_samples(source: str, count: int, *, seed: int) -> list[CalibrationSample]:
+    """Calibration samples.
+
+    Args:
+        source: name of a built-in task (its training split is used) or a folder that holds images and one `.jsonl` file
+            with one `{"messages": [...]}` object a line; image paths are relative to the folder.
+        count: samples wanted; a folder with fewer gives all it has, and the caller reports how many were used.
+        seed: of the choice of samples.
+
+    Raises:
+        SplitQError: unknown source, no samples, a line that is no chat, an image file that is missing.
+    """
+    if count < 1:
+        raise SplitQError(f"calibration: expected at least 1 sample, got --calib-samples {count}; raise it")
+    generator = torch.Generator().manual_seed(seed)
+    if source in TASKS:
+        questions = load_task(source, "train")
+        chosen = torch.randperm(len(questions), generator=generator)[:count].tolist()
+        return [_from_question(source, questions[index]) for index in chosen]
+    folder = Path(source)
+    if not folder.is_dir():
+        raise SplitQError(
+            f"calibration data {source}: expected a folder or a built-in task ({', '.join(sorted(TASKS))}), got neither"
+        )
+    samples = _read_folder(folder)
+    chosen = torch.randperm(len(samples), generator=generator)[:count].tolist()
+    return [samples[index] for index in chosen]
+
+
+def _from_question(task: str, question: Any) -> CalibrationSample:
+    return CalibrationSample(
+        (
+            {
+                "role": "user",
+                "content": [{"type": "image", "path": str(question.image)}, {"type": "text", "text": question.text}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
+        ),
+        task,
+    )
+
+
+def _read_folder(folder: Path) -> list[CalibrationSample]:
+    files = sorted(folder.glob("*.jsonl"))
+    if len(files) != 1:
+        raise SplitQError(f"calibration data {folder}: expected one .jsonl file of chats, got {len(files)}")
+    samples = []
+    for number, line in enumerate(files[0].read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            samples.append(_parse_line(folder, f"{files[0].name}:{number}", line))
+    if not samples:
+        raise SplitQError(f"calibration data {files[0]}: expected at least one chat, got none; add samples")
+    return samples
+
+
+def _parse_line(folder: Path, origin: str, line: str) -> CalibrationSample:
+    try:
+        messages = json.loads(line)["messages"]
+        parsed = tuple(_parse_message(folder, message) for message in messages)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SplitQError(
+            f'calibration data {origin}: expected {{"messages": [{{"role", "content"}}]}} ({error!r}); mend the line'
+        ) from error
+    for message in parsed:
+        for part in message["content"]:
+            if part["type"] == "image" and not Path(part["path"]).is_file():
+                raise SplitQError(f"calibration data {origin}: expected image {part['path']}, found none; mend the path")
+    return CalibrationSample(parsed, origin)
+
+
+def _parse_message(folder: Path, message: Message) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts = []
+    for part in content:
+        if part["type"] == "image":
+            parts.append({"type": "image", "path": str(folder / (part.get("path") or part["image"]))})
+        else:
+            parts.append({"type": "text", "text": part["text"]})
+    return {"role": message["role"], "content": parts}
+
+
+def encode_sample(processor: Any, sample: CalibrationSample) -> dict[str, torch.Tensor]:
+    """Model inputs of one conversation, answer included (answer tokens count as text).
+
+    Returns:
+        What `model(**inputs)` takes: input_ids [1, sequence], attention_mask, pixel_values, ...
+
+    Raises:
+        SplitQError: an image cannot be read or the processor refuses the chat.
+    """
+    try:
+        encoded = processor.apply_chat_template(
+            list(sample.messages), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=False
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SplitQError(f"calibration data {sample.origin}: the processor refused the sample ({reason})") from error
+    return dict(encoded)
+
+
+def describe_source(source: str, samples: Sequence[CalibrationSample]) -> dict[str, object]:
+    """What export.json keeps of the calibration data."""
+    return {"source": source if source in TASKS else Path(source).name, "samples": len(samples)}

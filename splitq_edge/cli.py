@@ -1,0 +1,181 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from splitq_edge import __version__
+from splitq_edge.config import PRESETS
+from splitq_edge.errors import SplitQError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+EXTRAS = {
+    "torch": "quantize",
+    "rich": "quantize",
+    "safetensors": "quantize",
+    "yaml": "quantize",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxscript": "export",
+    "easy_vqa": "tasks",
+}
+PATH = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="splitq-edge")
+@click.option("--debug", is_flag=True, help="Show tracebacks and all log lines.")
+@click.pass_context
+def main(context: click.Context, debug: bool) -> None:
+    """Quantize vision-language models with SplitQ, export them to ONNX and run them."""
+    context.obj = debug
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    if not debug:
+        # transformers prints advice about torch on import; a device that only runs models needs none.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for name in ("torch", "onnxscript", "httpx"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One line and exit code 2 for what a user can mend; a traceback only with --debug."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted; nothing was left half-written", err=True)
+            sys.exit(INTERRUPTED)
+        except (SplitQError, ImportError) as error:
+            if click.get_current_context().find_root().obj:
+                raise
+            click.echo(f"error: {_message(error)}", err=True)
+            sys.exit(USER_ERROR)
+
+    return wrapper
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise error
+        return f"this command needs the package {package}; run: pip install 'splitq-edge[{EXTRAS[package]}]'"
+    return " ".join(str(error).split())
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=PATH)
+@click.option(
+    "--scheme",
+    type=click.Choice([*PRESETS, "none"]),
+    default="W4A8",
+    show_default=True,
+    help="Weight and activation bits of the language model; none exports in float32.",
+)
+@click.option("--recipe", type=PATH, help="YAML recipe instead of --scheme: every setting by hand.")
+@click.option(
+    "--calib",
+    default="easyvqa",
+    show_default=True,
+    metavar="DATA",
+    help="Calibration data: a folder with images and one .jsonl file of chats, or a built-in task.",
+)
+@click.option("--calib-samples", default=128, show_default=True, help="Samples to calibrate with.")
+@click.option(
+    "--flavour",
+    type=click.Choice(["portable", "packed"]),
+    default="portable",
+    show_default=True,
+    help="portable: int4 tensors; packed: the kernels' own layout, smaller, used in place.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the choice of samples.")
+@click.option("--revision", help="Hub revision of MODEL.")
+@click.option("--force", is_flag=True, help="Replace OUT if it holds an earlier export.")
+@_reports_errors
+def export(out: Path, **options: Any) -> None:
+    """Calibrate and quantize MODEL (folder or hub id), write ONNX graphs to the folder OUT and verify them."""
+    from rich.console import Console
+
+    from splitq_edge.commands.export import ExportOptions, run_export
+
+    run_export(ExportOptions(out=out, **options), Console())
+
+
+@main.command()
+@click.argument("out", type=PATH)
+@click.option("--image", "images", type=PATH, multiple=True, help="Picture file; repeat for several.")
+@click.option("--prompt", required=True, help="The question.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Limit of the answer.")
+@click.option("--native/--functions", default=None, help="Native kernels or function bodies; default: native if there.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: ONNX Runtime chooses.")
+@_reports_errors
+def run(
+    out: Path, images: tuple[Path, ...], prompt: str, max_new_tokens: int, native: bool | None, threads: int
+) -> None:
+    """Answer a question about pictures with the exported folder OUT, greedily, as the words come."""
+    from splitq_edge.commands.run import stream_answer
+
+    pieces = stream_answer(
+        out, images, prompt, native=native, threads=threads, max_new_tokens=max_new_tokens
+    )
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option("--task", default="easyvqa", show_default=True, help="Built-in task.")
+@click.option("--backend", type=click.Choice(["torch", "ort", "ort-functions"]), default="ort", show_default=True)
+@click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the draw.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: ONNX Runtime chooses.")
+@click.option("--json", "json", type=PATH, help="Write the result to this file.")
+@_reports_errors
+def evaluate(**options: Any) -> None:
+    """Accuracy of MODEL (checkpoint with --backend torch, else an exported folder) on held-out questions."""
+    from rich.console import Console
+
+    from splitq_edge.commands.evaluate import EvalOptions, run_eval
+
+    run_eval(EvalOptions(**options), Console())
+
+
+@main.command()
+@click.argument("out", type=PATH)
+@click.option("--native/--functions", default=None, help="Native kernels or function bodies; default: native if there.")
+@_reports_errors
+def verify(out: Path, native: bool | None) -> None:
+    """Check the hashes of the exported folder OUT and its answers against the stored ones of torch."""
+    from splitq_edge.commands.verify import run_verify
+
+    for line in run_verify(out, native=native):
+        click.echo(line)
+
+
+@main.command()
+@_reports_errors
+def doctor() -> None:
+    """Say what is installed and whether the native kernels are in use."""
+    from splitq_edge.commands.doctor import report
+
+    for line in report():
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main()

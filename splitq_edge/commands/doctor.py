@@ -1,0 +1,36 @@
+"""`splitq-edge doctor`: versions and the native library, for a bug report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from splitq_edge import __version__, runtime_ops
+
+PACKAGES = ("onnxruntime", "numpy", "transformers", "torch", "onnx", "onnxscript", "onnx_ir", "easy-vqa")
+
+
+def report() -> Iterator[str]:
+    """Lines of the report."""
+    yield f"splitq-edge {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    for name in PACKAGES:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"{name} not installed"
+    yield _library()
+
+
+def _library() -> str:
+    import onnxruntime
+
+    path = runtime_ops.library_path()
+    if path is None:
+        return "native library: none; models run through their function bodies"
+    options = onnxruntime.SessionOptions()
+    try:
+        runtime_ops.register(options)
+    except Exception as error:
+        return f"native library: {path.name} cannot be loaded ({' '.join(str(error).split())})"
+    return f"native library: {path.name}, scalar kernels"

@@ -1,0 +1,102 @@
+"""`splitq-edge eval`: accuracy of a checkpoint or an exported folder on a task's held-out questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from splitq_edge.artifacts import EXPORT_FILE, write_json
+from splitq_edge.errors import SplitQError
+from splitq_edge.evaluate.backends import Backend, OrtBackend, TorchBackend, answer_all
+from splitq_edge.evaluate.tasks import Question, accuracy_table, load_task
+
+RESULT_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of the command, as typed."""
+
+    model: str
+    task: str
+    backend: str
+    limit: int | None
+    seed: int
+    threads: int
+    json: Path | None
+
+
+def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
+    """Evaluate, print the table, write the JSON if asked; returns the JSON content.
+
+    Raises:
+        SplitQError: model, task, backend or limit is not usable.
+    """
+    questions = pick(load_task(options.task, "test"), options.limit, options.seed)
+    backend, scheme, bits = _open(options)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"{options.task}, {options.backend}", total=len(questions))
+        answers = answer_all(backend, questions, progress=lambda done: progress.advance(task, done))
+    result = {
+        "schema": RESULT_SCHEMA,
+        "model": Path(options.model).name,
+        "backend": options.backend,
+        "scheme": scheme,
+        "effective_bits": bits,
+        "tasks": {options.task: accuracy_table(questions, answers)},
+    }
+    console.print(result_table(result))
+    if options.json is not None:
+        write_json(options.json, result)
+    return result
+
+
+def pick(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
+    """All questions, or `limit` of them drawn at random by the seed, in the task's order.
+
+    Raises:
+        SplitQError: limit below 1.
+    """
+    if limit is None or limit >= len(questions):
+        return questions
+    if limit < 1:
+        raise SplitQError(f"evaluation: expected --limit of 1 or more, got {limit}; raise it")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(questions), generator=generator)[:limit].sort().values.tolist()
+    return [questions[index] for index in chosen]
+
+
+def _open(options: EvalOptions) -> tuple[Backend, str, float]:
+    exported = (Path(options.model) / EXPORT_FILE).is_file()
+    if options.backend == "torch":
+        if exported:
+            raise SplitQError(
+                f"evaluation: backend torch: expected a checkpoint, {options.model} is an exported folder; "
+                "use --backend ort or ort-functions"
+            )
+        return TorchBackend(options.model), "none", 32.0
+    backend = OrtBackend(Path(options.model), native=options.backend == "ort", threads=options.threads)
+    manifest = backend.model.manifest
+    return backend, manifest["scheme"], manifest["effective_bits"]
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """Accuracy with its standard error, in all and by question type."""
+    title = f"{result['model']}, {result['backend']}, {result['scheme']}, {result['effective_bits']:.2f} effective bits"
+    table = Table(title=title)
+    for name in ("task", "type", "n", "accuracy"):
+        table.add_column(name, justify="right" if name in ("n", "accuracy") else "left")
+    for task, values in result["tasks"].items():
+        table.add_row(
+            task, "all", str(values["n"]), f"{100 * values['accuracy']:.2f} % +- {100 * values['stderr']:.2f}"
+        )
+        for kind, part in values["types"].items():
+            table.add_row("", kind, str(part["n"]), f"{100 * part['accuracy']:.2f} %")
+    return table

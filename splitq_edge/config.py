@@ -1,0 +1,190 @@
+"""The recipe of a quantization: what a user may choose, validated when it is made. No heavy import."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from splitq_edge.errors import SplitQError
+
+BIT_WIDTHS = (2, 3, 4, 8)
+BLOCK_SIZES = (0, 32, 64, 128)
+TRANSFORMS = ("hadamard", "identity")
+
+
+def _require(ok: bool, setting: str, expected: str, got: object) -> None:
+    if not ok:
+        raise SplitQError(f"recipe: {setting}: expected {expected}, got {got!r}; change it in the recipe")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Which channels are split off per modality (MOCD, paper section 4.2).
+
+    Attributes:
+        ratio: share of the input channels a modality may claim; the planner rounds it to kernel-friendly widths.
+            0 turns the split off.
+        clusters: k of the one-dimensional clustering of a text channel's percentile ranks (eq. 10).
+        bits: weight bits of the outlier groups, 4 or more.
+        activation_bits: activation bits of the outlier groups, 4 or more.
+    """
+
+    ratio: float = 0.02
+    clusters: int = 3
+    bits: int = 4
+    activation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.ratio <= 0.25, "split.ratio", "0 to 0.25", self.ratio)
+        _require(1 <= self.clusters <= 16, "split.clusters", "1 to 16", self.clusters)
+        _require(self.bits in (4, 8), "split.bits", "4 or 8", self.bits)
+        _require(self.activation_bits in (4, 8), "split.activation_bits", "4 or 8", self.activation_bits)
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """The two low-rank branches on the main group (ACC = CWS + MAC, paper section 4.3).
+
+    Attributes:
+        cws_ratio: rank of cross-modal weight smoothing as a share of the full rank; 0 turns the branch off.
+        mac_ratio: the same of modality-specific activation compensation.
+        bits: bits of the factors U and V, 4 or 8.
+        residual_bits: bits of the activation residual that MAC multiplies, 4 or 8.
+        mac_rows: "text" (the paper: compensate text tokens) or "all" (no modality mask in the graph).
+    """
+
+    cws_ratio: float = 0.02
+    mac_ratio: float = 0.03
+    bits: int = 4
+    residual_bits: int = 8
+    mac_rows: str = "text"
+
+    def __post_init__(self) -> None:
+        for name in ("cws_ratio", "mac_ratio"):
+            _require(0 <= getattr(self, name) <= 0.5, f"correction.{name}", "0 to 0.5", getattr(self, name))
+        _require(self.bits in (4, 8), "correction.bits", "4 or 8", self.bits)
+        _require(self.residual_bits in (4, 8), "correction.residual_bits", "4 or 8", self.residual_bits)
+        _require(self.mac_rows in ("text", "all"), "correction.mac_rows", "text or all", self.mac_rows)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """One scheme for the language model's linears.
+
+    Attributes:
+        scheme: the label, for example "W4A8".
+        bits: bits of the main weight.
+        activation_bits: bits of the main activation.
+        group_size: 0 for one weight scale an output channel, else input channels a scale.
+        activation_symmetric: False for asymmetric main activations (below 8 bits).
+        transform: start of the equivalent transform P: "hadamard" (Kronecker product of two orthogonal matrices) or
+            "identity".
+        split: channel split.
+        correction: low-rank branches.
+    """
+
+    scheme: str
+    bits: int
+    activation_bits: int
+    group_size: int = 0
+    activation_symmetric: bool = True
+    transform: str = "hadamard"
+    split: SplitConfig = field(default_factory=SplitConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.bits in BIT_WIDTHS, "bits", f"one of {BIT_WIDTHS}", self.bits)
+        _require(self.activation_bits in BIT_WIDTHS, "activation_bits", f"one of {BIT_WIDTHS}", self.activation_bits)
+        _require(self.group_size in BLOCK_SIZES, "group_size", f"one of {BLOCK_SIZES}", self.group_size)
+        _require(self.transform in TRANSFORMS, "transform", f"one of {TRANSFORMS}", self.transform)
+        _require(
+            self.activation_symmetric or self.activation_bits < 8,
+            "activation_symmetric",
+            "true at 8 activation bits",
+            self.activation_symmetric,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, the form of the YAML recipe and of export.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
+        """Inverse of `to_dict`; a missing key takes its default.
+
+        Raises:
+            SplitQError: an unknown key (the message lists the known ones) or a value out of range.
+        """
+        values = dict(values)
+        for key, kind in (("split", SplitConfig), ("correction", CorrectionConfig)):
+            if isinstance(values.get(key), dict):
+                values[key] = kind(**_checked_keys(kind, values[key], f"{key}."))
+        return cls(**_checked_keys(cls, values, ""))
+
+
+def _checked_keys(kind: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    known = [item.name for item in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise SplitQError(f"recipe: unknown key '{prefix}{key}'; known keys: {', '.join(known)}")
+    missing = dataclasses.MISSING
+    required = [
+        item.name
+        for item in dataclasses.fields(kind)
+        if item.default is missing and item.default_factory is missing
+    ]
+    for key in required:
+        if key not in values:
+            raise SplitQError(f"recipe: missing key '{prefix}{key}'; add it")
+    return values
+
+
+# Auxiliary paths (outlier groups, residual) follow the main activation width but never go below 4 bits.
+_LOW_SPLIT = SplitConfig(activation_bits=4)
+PRESETS: dict[str, QuantConfig] = {
+    "W4A8": QuantConfig("W4A8", bits=4, activation_bits=8),
+    "W4A4": QuantConfig(
+        "W4A4", bits=4, activation_bits=4, split=_LOW_SPLIT, correction=CorrectionConfig(residual_bits=4)
+    ),
+    "W3A3": QuantConfig(
+        "W3A3", bits=3, activation_bits=3, split=_LOW_SPLIT, correction=CorrectionConfig(residual_bits=4)
+    ),
+    "W3A2": QuantConfig(
+        "W3A2",
+        bits=3,
+        activation_bits=2,
+        split=_LOW_SPLIT,
+        correction=CorrectionConfig(cws_ratio=0.03, mac_ratio=0.05, residual_bits=4),
+    ),
+}
+
+
+def preset(scheme: str) -> QuantConfig:
+    """The default recipe of a scheme.
+
+    Raises:
+        SplitQError: unknown scheme; the message lists the known ones.
+    """
+    if scheme not in PRESETS:
+        raise SplitQError(f"scheme '{scheme}': expected one of {', '.join(PRESETS)}, none; choose one of them")
+    return PRESETS[scheme]
+
+
+def load_recipe(path: Path) -> QuantConfig:
+    """Read a YAML recipe.
+
+    Raises:
+        SplitQError: unreadable file, not a mapping, unknown key, or a value out of range.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SplitQError(f"recipe {path}: expected a readable YAML file ({reason}); check the path") from error
+    if not isinstance(values, dict):
+        raise SplitQError(f"recipe {path}: expected a mapping of settings, got {type(values).__name__}")
+    return QuantConfig.from_dict(values)
