@@ -72,8 +72,13 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
     }
     for name, model in parts.items():
         _describe(model, name, quantized, request)
-        ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.onnx.data", size_threshold_bytes=EXTERNAL_BYTES)
-    np.savez(folder / PARITY_FILE, **parity)
+        ir.save(
+            model,
+            folder / f"{name}.onnx",
+            external_data=f"{name}.onnx.data",
+            size_threshold_bytes=EXTERNAL_BYTES,
+        )
+    np.savez(folder / PARITY_FILE, **parity)  # type: ignore[arg-type]
     _write_companions(loaded, folder)
     write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features))
 
@@ -224,7 +229,10 @@ def _parity_decoder(
 
 
 def _store(
-    parity: dict[str, np.ndarray], case: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+    parity: dict[str, np.ndarray],
+    case: str,
+    inputs: dict[str, torch.Tensor],
+    outputs: dict[str, torch.Tensor],
 ) -> None:
     for kind, tensors in (("in", inputs), ("out", outputs)):
         for name, tensor in tensors.items():
@@ -269,7 +277,12 @@ def _manifest(
         "hidden_size": features.shape[2],
         "eos_token_ids": eos,
         "pad_token_id": pad,
-        "cache": {"layers": cache.layers, "heads": cache.heads, "head_dim": cache.head_dim, "dtype": "float32"},
+        "cache": {
+            "layers": cache.layers,
+            "heads": cache.heads,
+            "head_dim": cache.head_dim,
+            "dtype": "float32",
+        },
         "versions": _versions("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "numpy"),
         "files": file_table(folder),
     }
@@ -299,10 +312,11 @@ def _end_tokens(loaded: LoadedModel) -> tuple[list[int], int]:
 
 
 def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"

@@ -32,9 +32,7 @@ __all__ = [
 ]
 
 
-def make_node(
-    spec: Spec, inputs: Mapping[str, str], outputs: str | Mapping[str, str], name: str
-) -> onnx.NodeProto:
+def make_node(spec: Spec, inputs: Mapping[str, str], outputs: str | Mapping[str, str], name: str) -> onnx.NodeProto:
     """Writes the node of a spec; its body is the function of the same overload (`functions_for`).
 
     Args:
@@ -58,9 +56,7 @@ def make_node(
     )
 
 
-def place(
-    where: str, positions: tuple[str, ...], present: tuple[str, ...], values: Mapping[str, str]
-) -> list[str]:
+def place(where: str, positions: tuple[str, ...], present: tuple[str, ...], values: Mapping[str, str]) -> list[str]:
     """Values at the contract's positions, '' for absent ones, nothing after the last present one.
 
     Raises:

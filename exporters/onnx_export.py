@@ -56,6 +56,7 @@ def trace(
             optimize=True,
             verbose=False,
         )
+    assert program is not None  # only the legacy exporter returns none
     model = program.model
     model.ir_version = max(model.ir_version, IR_VERSION)
     return model

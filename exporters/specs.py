@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from splitq_edge.errors import SplitQError
+from splitq_edge.exporters.spec_checks import GROUPS, check_activations, check_bits, check_positive, check_ranks
 
 DOMAIN = "ai.splitq"
 VERSION = 1
-BITS = (2, 3, 4, 8)
-GROUPS = ("main", "text", "vision")
-MAC_ROWS = ("text", "all")
 
 SPLIT_INPUTS = (
     "x",
@@ -67,7 +65,7 @@ class ChannelSplitQuantizeSpec:
     )
 
     def __post_init__(self) -> None:
-        _check_activations(self)
+        check_activations(self)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -146,9 +144,9 @@ class CrossModalCorrectionSpec:
     outputs: ClassVar[tuple[str, ...]] = ("correction",)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "K", "N")
-        _check_bits(self, "bits")
-        _check_ranks(self)
+        check_positive(self, "K", "N")
+        check_bits(self, "bits")
+        check_ranks(self)
         if not self.rank:
             raise SplitQError(f"{self.op_type}: expected a rank above 0, got none; leave the node out")
 
@@ -260,10 +258,10 @@ class SplitQLinearSpec:
     outputs: ClassVar[tuple[str, ...]] = ("y",)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "N")
-        _check_bits(self, "bits", "outlier_bits", "correction_bits")
-        _check_ranks(self)
-        _check_activations(self)
+        check_positive(self, "N")
+        check_bits(self, "bits", "outlier_bits", "correction_bits")
+        check_ranks(self)
+        check_activations(self)
         if self.block_size and (self.block_size < 16 or self.block_size % 16):
             raise SplitQError(
                 f"{self.op_type}: expected block_size 0 or a multiple of 16, got {self.block_size}; "
@@ -370,55 +368,6 @@ def _takes_split_input(spec: ChannelSplitQuantizeSpec, name: str) -> bool:
     if name.startswith(("p1_", "p2_")):
         return spec.transforms[GROUPS.index(name[3:])]
     return getattr(spec, name)
-
-
-def _check_activations(spec: SplitQLinearSpec | ChannelSplitQuantizeSpec) -> None:
-    """Checks what the two specs with a quantization of activations share."""
-    _check_bits(spec, "activation_bits", "outlier_activation_bits", "residual_bits")
-    widths = spec.group_widths
-    if len(widths) != len(GROUPS) or widths[0] < 1 or min(widths) < 0 or sum(widths) != spec.K:
-        raise SplitQError(
-            f"{spec.op_type}: expected group_widths [K_m, K_t, K_v] with K_m > 0 and the sum K = {spec.K}, "
-            f"got {list(widths)}; correct the split plan"
-        )
-    for group, width, transform in zip(GROUPS, widths, spec.transforms, strict=True):
-        if transform and not width:
-            raise SplitQError(
-                f"{spec.op_type}: expected no transform of the empty {group} group, got one; drop it"
-            )
-    if not spec.activation_symmetric and spec.activation_bits == 8:
-        raise SplitQError(
-            f"{spec.op_type}: expected activation_bits below 8 for asymmetric activations, got 8; "
-            "set activation_symmetric"
-        )
-
-
-def _check_bits(spec: Spec, *names: str) -> None:
-    for name in names:
-        if getattr(spec, name) not in BITS:
-            raise SplitQError(
-                f"{spec.op_type}: expected {name} 2, 3, 4 or 8, got {getattr(spec, name)}; change the recipe"
-            )
-
-
-def _check_positive(spec: Spec, *names: str) -> None:
-    for name in names:
-        if getattr(spec, name) < 1:
-            raise SplitQError(
-                f"{spec.op_type}: expected {name} above 0, got {getattr(spec, name)}; give the shape"
-            )
-
-
-def _check_ranks(spec: SplitQLinearSpec | CrossModalCorrectionSpec) -> None:
-    if min(spec.cws_rank, spec.mac_rank) < 0:
-        raise SplitQError(
-            f"{spec.op_type}: expected ranks of 0 or more, got cws_rank {spec.cws_rank}, "
-            f"mac_rank {spec.mac_rank}; use 0 for none"
-        )
-    if spec.mac_rows not in MAC_ROWS:
-        raise SplitQError(
-            f"{spec.op_type}: expected mac_rows text or all, got '{spec.mac_rows}'; choose one of them"
-        )
 
 
 def _join(*tokens: str) -> str:

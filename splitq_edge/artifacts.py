@@ -45,8 +45,7 @@ def file_table(folder: Path) -> dict[str, dict[str, object]]:
     """Size in bytes and sha256 of every file of a folder, by relative path, export.json left out."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != EXPORT_FILE)
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
     }
 
 

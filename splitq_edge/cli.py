@@ -118,7 +118,9 @@ def export(out: Path, **options: Any) -> None:
 @click.argument("out", type=PATH)
 @click.option("--image", "images", type=PATH, multiple=True, help="Picture file; repeat for several.")
 @click.option("--prompt", required=True, help="The question.")
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Limit of the answer.")
+@click.option(
+    "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Limit of the answer."
+)
 @click.option("--native/--functions", default=None, help="Native kernels or function bodies; default: native if there.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: ONNX Runtime chooses.")
 @_reports_errors
@@ -128,9 +130,7 @@ def run(
     """Answer a question about pictures with the exported folder OUT, greedily, as the words come."""
     from splitq_edge.commands.run import stream_answer
 
-    pieces = stream_answer(
-        out, images, prompt, native=native, threads=threads, max_new_tokens=max_new_tokens
-    )
+    pieces = stream_answer(out, images, prompt, native=native, threads=threads, max_new_tokens=max_new_tokens)
     for piece in pieces:
         click.echo(piece, nl=False)
         sys.stdout.flush()

@@ -96,7 +96,12 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _require(self.bits in BIT_WIDTHS, "bits", f"one of {BIT_WIDTHS}", self.bits)
-        _require(self.activation_bits in BIT_WIDTHS, "activation_bits", f"one of {BIT_WIDTHS}", self.activation_bits)
+        _require(
+            self.activation_bits in BIT_WIDTHS,
+            "activation_bits",
+            f"one of {BIT_WIDTHS}",
+            self.activation_bits,
+        )
         _require(self.group_size in BLOCK_SIZES, "group_size", f"one of {BLOCK_SIZES}", self.group_size)
         _require(self.transform in TRANSFORMS, "transform", f"one of {TRANSFORMS}", self.transform)
         _require(
@@ -131,9 +136,7 @@ def _checked_keys(kind: type, values: dict[str, Any], prefix: str) -> dict[str, 
             raise SplitQError(f"recipe: unknown key '{prefix}{key}'; known keys: {', '.join(known)}")
     missing = dataclasses.MISSING
     required = [
-        item.name
-        for item in dataclasses.fields(kind)
-        if item.default is missing and item.default_factory is missing
+        item.name for item in dataclasses.fields(kind) if item.default is missing and item.default_factory is missing
     ]
     for key in required:
         if key not in values:

@@ -31,7 +31,7 @@ class LoadedModel:
     """
 
     source: str
-    model: nn.Module
+    model: Any  # a transformers PreTrainedModel; its generated attributes escape type checkers
     processor: Any
     adapter: ModelAdapter
     context: ModalityContext
@@ -79,7 +79,9 @@ def load_model(source: str, *, revision: str | None = None) -> LoadedModel:
     adapter = adapter_for(_model_type(source, revision))
     hf_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        model: Any
+        info: dict[str, Any]
+        model, info = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]
             source, revision=revision, dtype=torch.float32, output_loading_info=True
         )
         processor = AutoProcessor.from_pretrained(source, revision=revision)
@@ -105,7 +107,9 @@ def _model_type(source: str, revision: str | None) -> str:
         except (ValueError, KeyError, OSError) as error:
             raise SplitQError(f"{config}: expected JSON with model_type ({_one_line(error)})") from error
     if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise SplitQError(f"model {source}: expected a folder or a hub id such as org/name, got neither; check the path")
+        raise SplitQError(
+            f"model {source}: expected a folder or a hub id such as org/name, got neither; check the path"
+        )
     from transformers import AutoConfig
 
     try:

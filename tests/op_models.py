@@ -1,8 +1,8 @@
 """Random models of one `ai.splitq` node, for the tests of bodies and kernels.
 
-In an *exact* model every transformed activation is exact in float32 whatever the order of summation: x is whole
-numbers, channel scales are powers of two and the transforms are signed permutations or Hadamard matrices. So every
-implementation must give the same integers.
+In an *exact* model every transformed activation is exact in float32 whatever the order of summation: x is
+whole numbers, channel scales are powers of two, transforms are signed permutations or Hadamard matrices.
+So every implementation must give the same integers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass
 class OpModel:
-    """A model of one node, feeds for it, and all inputs of the node as stored arrays by the contract's name."""
+    """A model of one node, feeds for it, and all inputs of the node as stored, by the contract's names."""
 
     model: onnx.ModelProto
     feeds: dict[str, np.ndarray]
@@ -140,24 +140,29 @@ def _codes(shape: tuple[int, ...], bits: int, rng: np.random.Generator) -> np.nd
 def _float_input(
     case: Case, spec: SplitQLinearSpec | ChannelSplitQuantizeSpec, name: str, rng: np.random.Generator
 ) -> np.ndarray:
-    widths = dict(zip(GROUPS, spec.group_widths, strict=True))
+    if name.startswith(("p1_", "p2_")):
+        width = spec.group_widths[GROUPS.index(name[3:])]
+        return _factor(_kron_sizes(width)[name[:2] == "p2"], case.exact, rng)
     if name == "channel_order":
         return rng.permutation(spec.K).astype(np.int32)
     if name == "channel_scale":
         return 2.0 ** rng.integers(-2, 3, spec.K).astype(F32) if case.exact else _around_one(spec.K, rng)
     if name == "activation_clip":
         return rng.uniform(0.6, 1, 3).astype(F32)
-    if name.startswith(("p1_", "p2_")):
-        return _factor(_kron_sizes(widths[name[3:]])[name[:2] == "p2"], case.exact, rng)
+    return _linear_float_input(spec, name, rng)
+
+
+def _linear_float_input(spec: SplitQLinearSpec, name: str, rng: np.random.Generator) -> np.ndarray:
+    """Gates and bias of either sign, weight scales such that every term of y is of similar magnitude."""
     if name.startswith("gate_"):
         return rng.standard_normal(getattr(spec, f"{name[5:]}_rank")).astype(F32)
-    if name == "u_scale":
-        return _around_one(max(spec.cws_rank, spec.mac_rank), rng) / F32(16)
-    if name == "scale_main" and spec.block_size:
-        return _around_one((-(-widths["main"] // spec.block_size), spec.N), rng) / F32(64)
     if name == "bias":
         return rng.standard_normal(spec.N).astype(F32)
-    return _around_one(spec.N, rng) / F32(64)
+    if name == "u_scale":
+        return _around_one(max(spec.cws_rank, spec.mac_rank), rng) / F32(16)
+    blocks = -(-spec.group_widths[0] // spec.block_size) if spec.block_size else 1
+    shape = (blocks, spec.N) if name == "scale_main" and spec.block_size else (spec.N,)
+    return _around_one(shape, rng) / F32(64)
 
 
 def _around_one(shape: int | tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -200,9 +205,8 @@ def _correction_inputs(
         weight_initializer("v", _codes((spec.rank, spec.N), spec.bits, rng), spec.bits, spec.packed),
     ]
     present = spec.present_inputs
-    initializers += [
-        numpy_helper.from_array(array, name) for name, array in constants.items() if name in present
-    ]
+    given = {name: array for name, array in constants.items() if name in present}
+    initializers += [numpy_helper.from_array(array, name) for name, array in given.items()]
     return {name: feed for name, feed in feeds.items() if name in present}, initializers
 
 

@@ -1,7 +1,7 @@
 """The ops of `ai.splitq` as plain numpy, straight from docs/ops.md: the oracle of bodies and kernels.
 
-It works on logical tensors, sums integers in int64 and shares no code with exporters/ or runtime_ops/. The classes at
-the end plug it into `onnx.reference.ReferenceEvaluator(model, new_ops=OPS)`, where they override the bodies.
+It works on logical tensors, sums integers in int64 and shares no code with exporters/ or runtime_ops/.
+The classes at the end put it in place of the bodies: `ReferenceEvaluator(model, new_ops=OPS)`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def quantize_symmetric(a: np.ndarray, bits: int, clip: float = 1.0) -> Quantized
 
 
 def quantize_asymmetric(a: np.ndarray, bits: int, clip: float = 1.0) -> Quantized:
-    """Asymmetric quantization (eq. 1) of rows a, [T, width] float32; the zero point is taken off the codes."""
+    """Asymmetric quantization (eq. 1) of rows a, [T, width] float32; codes less zero point."""
     levels = F32(2**bits - 1)
     high = np.maximum(a.max(axis=1, keepdims=True), F32(0)) * F32(clip)
     low = np.minimum(a.min(axis=1, keepdims=True), F32(0)) * F32(clip)
@@ -105,9 +105,7 @@ def transformed_groups(
     return [transform(rows, factors[2 * g], factors[2 * g + 1]) for g, rows in enumerate(groups)]
 
 
-def split_quantize(
-    x: np.ndarray, split_inputs: list[np.ndarray | None], attributes: dict
-) -> list[Quantized | None]:
+def split_quantize(x: np.ndarray, split_inputs: list[np.ndarray | None], attributes: dict) -> list[Quantized | None]:
     """ChannelSplitQuantize on rows x [T, K].
 
     Args:
@@ -161,10 +159,8 @@ def low_rank_correction(
     return (latent.codes @ v).astype(F32) * latent.scale * v_scale
 
 
-def products(
-    activation: Quantized, q: np.ndarray, scale: np.ndarray, block_size: int = 0
-) -> list[np.ndarray]:
-    """Codes [T, K] times q [K, N], scale [N] or [blocks, N] -> one term [T, N] float32 a block (or one in all)."""
+def products(activation: Quantized, q: np.ndarray, scale: np.ndarray, block_size: int = 0) -> list[np.ndarray]:
+    """Codes [T, K] times q [K, N], scale [N] or [blocks, N] -> terms [T, N] float32, one a block."""
     terms = []
     block_size = block_size or len(q)
     for start, block_scale in zip(range(0, len(q), block_size), np.atleast_2d(scale), strict=True):

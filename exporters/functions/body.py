@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ class Body:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: set[str] = set()
 
-    def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+    def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Appends a standard op with one output and returns the output's name."""
         self._nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
         return output
@@ -29,9 +30,7 @@ class Body:
         """Appends a Split of `value` into `outputs`."""
         self._nodes.append(helper.make_node("Split", [value, sizes], outputs, axis=axis))
 
-    def call(
-        self, function: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: object
-    ) -> None:
+    def call(self, function: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
         """Appends a node of our domain. It has no overload: ONNX Runtime does not resolve nested ones."""
         self._nodes.append(helper.make_node(function, inputs, outputs, domain=DOMAIN, **attributes))
 

@@ -49,9 +49,7 @@ def linear_function(spec: SplitQLinearSpec, quantize_name: str, correction_name:
         _call(body, correction_name, nested, u=u, v=v)
         total = body.op("Add", [total, "correction"], "sum_with_correction")
     body.op("Add", [total, "bias"], "y") if spec.bias else body.op("Identity", [total], "y")
-    return body.function(
-        spec, spec.op_type, overload=spec.overload, outputs=spec.outputs, explanation=EXPLANATION
-    )
+    return body.function(spec, spec.op_type, overload=spec.overload, outputs=spec.outputs, explanation=EXPLANATION)
 
 
 def nested_correction(spec: SplitQLinearSpec) -> CrossModalCorrectionSpec | None:
@@ -69,9 +67,7 @@ def nested_correction(spec: SplitQLinearSpec) -> CrossModalCorrectionSpec | None
     )
 
 
-def _call(
-    body: Body, name: str, spec: ChannelSplitQuantizeSpec | CrossModalCorrectionSpec, **renamed: str
-) -> None:
+def _call(body: Body, name: str, spec: ChannelSplitQuantizeSpec | CrossModalCorrectionSpec, **renamed: str) -> None:
     """Appends a nested node; values carry the names of the op's own inputs and outputs."""
     inputs = {value: renamed.get(value, value) for value in spec.present_inputs}
     outputs = {value: value for value in spec.present_outputs}

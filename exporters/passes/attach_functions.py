@@ -18,7 +18,7 @@ def attach_functions(model: ir.Model, specs: Iterable[SplitQLinearSpec]) -> int:
     """Add the bodies of the given node variants; returns how many functions were added."""
     functions = functions_for(specs)
     for proto in functions:
-        function = ir.from_proto(proto)
+        function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
     if functions:
         model.opset_imports[DOMAIN] = 1

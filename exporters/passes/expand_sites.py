@@ -48,18 +48,14 @@ def _expand(model: ir.Model, site: SplitLinear, parts: list[ir.Node], *, packed:
     spec = site_spec(site, packed=packed)
     values: dict[str, ir.Value | None] = dict(zip(("x", "modality"), parts[0].inputs, strict=False))
     for input_name, proto in site_initializers(site, spec).items():
-        value = ir.Value(name=proto.name, const_value=ir.from_proto(proto))
-        value.shape = value.const_value.shape  # type: ignore[union-attr]
-        value.type = ir.TensorType(value.const_value.dtype)  # type: ignore[union-attr]
-        model.graph.register_initializer(value)
-        values[input_name] = value
+        values[input_name] = _initializer(model, ir.serde.deserialize_tensor(proto))
     values = {name: values[name] for name in spec.present_inputs}
     proto_node = make_node(spec, {name: name for name in values}, "y", name=site.name)
     node = ir.Node(
         proto_node.domain,
         proto_node.op_type,
         inputs=[values[name] if name else None for name in proto_node.input],
-        attributes=[ir.from_proto(attribute) for attribute in proto_node.attribute],
+        attributes=[ir.serde.deserialize_attribute(attribute) for attribute in proto_node.attribute],
         overload=proto_node.overload,
         name=site.name,
         num_outputs=1,
@@ -68,7 +64,7 @@ def _expand(model: ir.Model, site: SplitLinear, parts: list[ir.Node], *, packed:
     output = node.outputs[0]
     output.name = f"{site.name}.y"
     source = parts[0].outputs[0]
-    output.dtype = source.dtype
+    output.type = source.type
     if source.shape is not None:
         output.shape = ir.Shape([*source.shape[:-1], site.out_features])
     model.graph.insert_before(parts[0], node)
@@ -81,9 +77,7 @@ def _expand(model: ir.Model, site: SplitLinear, parts: list[ir.Node], *, packed:
 def _split(model: ir.Model, site: SplitLinear, node: ir.Node, parts: list[ir.Node]) -> list[ir.Value]:
     """The linears' outputs out of the site's."""
     widths = [part.attributes["width"].as_int() for part in parts]
-    sizes = ir.Value(name=f"{site.name}.widths", const_value=ir.tensor(widths, dtype=ir.DataType.INT64))
-    sizes.shape, sizes.type = ir.Shape([len(widths)]), ir.TensorType(ir.DataType.INT64)
-    model.graph.register_initializer(sizes)
+    sizes = _initializer(model, ir.tensor(widths, dtype=ir.DataType.INT64, name=f"{site.name}.widths"))
     split = ir.Node(
         "",
         "Split",
@@ -98,3 +92,11 @@ def _split(model: ir.Model, site: SplitLinear, node: ir.Node, parts: list[ir.Nod
         piece.shape, piece.type = part.outputs[0].shape, part.outputs[0].type
     model.graph.insert_after(node, split)
     return list(split.outputs)
+
+
+def _initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(
+        name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    model.graph.register_initializer(value)
+    return value

@@ -47,13 +47,9 @@ def build_tokenizer(template: str, questions: Sequence[Question]) -> GPT2Tokeniz
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = sorted(
-        {(q.text, q.answer) for q in questions} | {(q.text.capitalize(), q.answer) for q in questions}
-    )
+    texts = sorted({(q.text, q.answer) for q in questions} | {(q.text.capitalize(), q.answer) for q in questions})
     specials = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-    rendered, _ = render_jinja_template(
-        [conversation(text, answer) for text, answer in texts], chat_template=template
-    )
+    rendered, _ = render_jinja_template([conversation(text, answer) for text, answer in texts], chat_template=template)
     # Cut at the special tokens: the trainer would learn their letters as words.
     tokenizer.train_from_iterator((piece for text in rendered for piece in specials.split(text)), trainer)
     bpe = json.loads(tokenizer.to_str())["model"]

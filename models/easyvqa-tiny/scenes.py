@@ -1,4 +1,4 @@
-"""What easyvqa-tiny learns from: the training images of easy-VQA with their questions, and how both are varied."""
+"""What easyvqa-tiny learns from: training images of easy-VQA, their questions, and how both are varied."""
 
 from __future__ import annotations
 

@@ -86,8 +86,7 @@ class Trainer:
         self.model = build_model(processor.tokenizer).to(self.device)
         steps = processor.image_processor
         self.mean, self.std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1)
-            for values in (steps.image_mean, steps.image_std)
+            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (steps.image_mean, steps.image_std)
         )
         self.token_cache: dict[tuple[str, str], list[int]] = {}
         self.prefix = self._prefix()
@@ -115,9 +114,7 @@ class Trainer:
 
         self._fit("vision", loss_of, [(tower, lr), (head, lr)], epochs=epochs, batch_size=batch_size)
 
-    def train_answers(
-        self, epochs: float, *, batch_size: int = 16, lr: float = 1e-3, vision_lr: float = 3e-4
-    ) -> None:
+    def train_answers(self, epochs: float, *, batch_size: int = 16, lr: float = 1e-3, vision_lr: float = 3e-4) -> None:
         """Stage 2: the whole model answers; the trained tower moves more slowly than the new rest."""
 
         def loss_of(rows: np.ndarray) -> torch.Tensor:
@@ -129,9 +126,7 @@ class Trainer:
                 position_ids=batch.position_ids,
                 use_cache=False,
             ).last_hidden_state  # [rows, tokens, hidden]
-            logits = self.model.lm_head(
-                hidden[batch.predict_at[0], batch.predict_at[1]]
-            ).float()  # [targets, vocab]
+            logits = self.model.lm_head(hidden[batch.predict_at[0], batch.predict_at[1]]).float()  # [targets, vocab]
             loss = functional.cross_entropy(logits, batch.targets, reduction="none").view(-1, 2).mean(dim=0)
             return loss[0] + END_WEIGHT * loss[1]
 
@@ -281,9 +276,11 @@ def main() -> None:
 
     trainer.model.save_pretrained(options.out)
     processor.save_pretrained(options.out)
-    questions = [question for scene in held_out for question in scene.questions]
-    table = accuracy_table(questions, answers(trainer.model, processor, questions))
-    log.info("wrote %s; accuracy on %d held-out training images: %s", options.out, len(held_out), table)
+    log.info("wrote %s", options.out)
+    if held_out:
+        questions = [question for scene in held_out for question in scene.questions]
+        table = accuracy_table(questions, answers(trainer.model, processor, questions))
+        log.info("accuracy on %d held-out training images: %s", len(held_out), table)
 
 
 def parse_options() -> argparse.Namespace:
@@ -301,9 +298,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.smoke:
         if options.out is None:
-            parser.error(
-                "--smoke: expected --out, got none; name a folder, or it would replace the real model"
-            )
+            parser.error("--smoke: expected --out, got none; name a folder, or it would replace the real model")
         options.images, options.held_out, options.vision_epochs, options.answer_epochs = 96, 32, 3, 0.75
     options.out = options.out or HERE
     return options

@@ -24,10 +24,10 @@ void UnpackChunk(const uint8_t* panel, int64_t first, int64_t count, UnpackedPan
     const uint8_t* block = panel + (first + b) * BlockBytes(bits);
     for (int n = 0; n < kPanel; ++n) {
       int16_t* target = weights[n] + b * BlockChannels(bits);
-      for (int f = 0; f < FieldsPerBlock(bits); ++f) {
-        for (int i = 0; i < kQuad; ++i) {
-          const int stored = LoadField<bits>(block, f, static_cast<int>(kQuad * n + i));
-          target[f * kQuad + i] = static_cast<int16_t>(stored - kOffset);
+      for (int i = 0; i < kQuad; ++i) {
+        const int byte = static_cast<int>(kQuad * n + i);
+        for (int f = 0; f < FieldsPerBlock(bits); ++f) {
+          target[f * kQuad + i] = static_cast<int16_t>(LoadField<bits>(block, f, byte) - kOffset);
         }
       }
     }

@@ -12,7 +12,8 @@ class Scratch {
  public:
   static constexpr int64_t kAlign = 64;
 
-  explicit Scratch(void* memory = nullptr) : base_(reinterpret_cast<uintptr_t>(memory)) {}
+  // memory: null to measure, else used() + kAlign of a measuring run bytes, of any alignment.
+  explicit Scratch(void* memory = nullptr) : base_(Align(reinterpret_cast<uintptr_t>(memory))) {}
 
   // The sizes that come in are a small multiple of those of tensors that exist, so sums and
   // products of them cannot overflow 64 bits.
@@ -26,6 +27,8 @@ class Scratch {
   int64_t used() const { return used_; }
 
  private:
+  static uintptr_t Align(uintptr_t address) { return (address + kAlign - 1) / kAlign * kAlign; }
+
   uintptr_t base_;
   int64_t used_ = 0;
 };

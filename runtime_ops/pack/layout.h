@@ -27,9 +27,7 @@ inline constexpr int64_t kVectorBytes = kPanel * kQuad;
 // The longest sum of products of two int8 codes that int32 holds: 131071 * 128 * 128 < 2^31.
 inline constexpr int64_t kMaxChannelsIn = 131071;
 
-constexpr bool IsBitWidth(int64_t bits) {
-  return bits == 2 || bits == 3 || bits == 4 || bits == 8;
-}
+constexpr bool IsBitWidth(int64_t bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
 
 constexpr int FieldsPerBlock(int bits) { return bits == 3 ? 8 : 8 / bits; }
 

@@ -30,8 +30,8 @@ int64_t PackBlock(const Panel& panel, int64_t first_in, uint8_t* block) {
         code = panel.codes.At(index);
         if (code < -kOffset || code >= kOffset) return index;
       }
-      StoreField<bits>(block, static_cast<int>(in / kQuad), static_cast<int>(kQuad * out + in % kQuad),
-                       code + kOffset);
+      StoreField<bits>(block, static_cast<int>(in / kQuad),
+                       static_cast<int>(kQuad * out + in % kQuad), code + kOffset);
     }
   }
   return -1;

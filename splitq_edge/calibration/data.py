@@ -63,7 +63,10 @@ def _from_question(task: str, question: Any) -> CalibrationSample:
         (
             {
                 "role": "user",
-                "content": [{"type": "image", "path": str(question.image)}, {"type": "text", "text": question.text}],
+                "content": [
+                    {"type": "image", "path": str(question.image)},
+                    {"type": "text", "text": question.text},
+                ],
             },
             {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
         ),
@@ -95,7 +98,9 @@ def _parse_line(folder: Path, origin: str, line: str) -> CalibrationSample:
     for message in parsed:
         for part in message["content"]:
             if part["type"] == "image" and not Path(part["path"]).is_file():
-                raise SplitQError(f"calibration data {origin}: expected image {part['path']}, found none; mend the path")
+                raise SplitQError(
+                    f"calibration data {origin}: expected image {part['path']}, found none; mend the path"
+                )
     return CalibrationSample(parsed, origin)
 
 
@@ -123,7 +128,11 @@ def encode_sample(processor: Any, sample: CalibrationSample) -> dict[str, torch.
     """
     try:
         encoded = processor.apply_chat_template(
-            list(sample.messages), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=False
+            list(sample.messages),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=False,
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

@@ -14,12 +14,15 @@ PACKAGES = ("onnxruntime", "numpy", "transformers", "torch", "onnx", "onnxscript
 def report() -> Iterator[str]:
     """Lines of the report."""
     yield f"splitq-edge {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    for name in PACKAGES:
-        try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            yield f"{name} not installed"
+    yield from (f"{name} {_version(name)}" for name in PACKAGES)
     yield _library()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _library() -> str:

@@ -74,7 +74,9 @@ def run_export(options: ExportOptions, console: Console) -> None:
         rows = verify_parity(exported)
         console.print(parity_table(rows, native=exported.native))
         if not all(row.ok for row in rows):
-            raise SplitQError("export: a graph differs from torch by more than its limit (table above); please report it")
+            raise SplitQError(
+                "export: a graph differs from torch by more than its limit (table above); please report it"
+            )
     if quantized is not None:
         console.print(
             f"{options.out}: {quantized.config.scheme}, {effective_bits(quantized.sites):.2f} effective bits a weight"

@@ -10,7 +10,13 @@ from splitq_edge.runtime_ops.session import ExportedModel
 
 
 def stream_answer(
-    out: Path, images: tuple[Path, ...], prompt: str, *, native: bool | None, threads: int, max_new_tokens: int
+    out: Path,
+    images: tuple[Path, ...],
+    prompt: str,
+    *,
+    native: bool | None,
+    threads: int,
+    max_new_tokens: int,
 ) -> Iterator[str]:
     """Pieces of the greedy answer.
 

@@ -75,7 +75,11 @@ class _Prompts:
         key = f"{picture.size} {text}"
         if key not in self._ids:
             encoded = self.processor.apply_chat_template(
-                chat(text, picture), tokenize=True, return_dict=True, return_tensors="np", add_generation_prompt=True
+                chat(text, picture),
+                tokenize=True,
+                return_dict=True,
+                return_tensors="np",
+                add_generation_prompt=True,
             )
             self._ids[key] = [int(token) for token in encoded["input_ids"][0]]
         return self._ids[key]

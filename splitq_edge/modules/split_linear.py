@@ -83,7 +83,7 @@ class SplitLinear(nn.Module):
         channel_scale: [K] float32 in the order of `order`, or None for ones.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the inputs of the op, each by name
         self,
         name: str,
         *,
@@ -136,9 +136,7 @@ class SplitLinear(nn.Module):
             output = output + self.bias
         return output.to(x.dtype)
 
-    def _product(
-        self, codes: torch.Tensor, scale: torch.Tensor, group: GroupWeights, group_size: int
-    ) -> torch.Tensor:
+    def _product(self, codes: torch.Tensor, scale: torch.Tensor, group: GroupWeights, group_size: int) -> torch.Tensor:
         if group_size:
             total: torch.Tensor | None = None
             blocks = zip(codes.split(group_size, -1), group.qweight.split(group_size), group.scale, strict=True)

@@ -74,8 +74,8 @@ def outlier_width(channels: int, ratio: float, *, balanced: bool = True) -> int:
     totals = [total for total in totals if 2 <= total <= channels // 2]
     if not totals:
         raise SplitQError(
-            f"split: expected a main width that is a multiple of {MAIN_MULTIPLE} below {channels} channels, found none; "
-            "set split.ratio to 0"
+            f"split: expected a main width below {channels} channels that is a multiple of {MAIN_MULTIPLE} with two "
+            "near-equal factors, found none; set split.ratio to 0"
         )
     wide = [total for total in totals if total % (2 * MAIN_MULTIPLE) == 0 and total * MAX_WIDE_SHARE <= channels]
     return min(wide or totals, key=lambda total: (abs(total - 2 * ratio * channels), total))

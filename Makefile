@@ -1,0 +1,51 @@
+# What the README tells people to type, and what CI types.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+SOURCES := $(shell find runtime_ops cmake -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake') CMakeLists.txt
+PY := splitq_edge exporters runtime_ops tests models
+
+.PHONY: demo test test-fast test-wheel lint format docs-screenshot clean
+
+demo: $(STAMP)
+	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
+
+test: $(DEV_STAMP)
+	SPLITQ_EXPECT_NATIVE=1 $(BIN)/python -m pytest -q
+
+test-fast: $(DEV_STAMP)
+	SPLITQ_EXPECT_NATIVE=1 $(BIN)/python -m pytest -q -m "not slow"
+
+# Builds the wheel, installs it without torch and runs the demo's export with it.
+test-wheel: $(STAMP)
+	PYTHON=$(PYTHON) bash tests/packaging/check_wheel.sh
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check $(PY)
+	$(BIN)/ruff format --check $(PY)
+	bash tests/packaging/check_types.sh $(BIN)/mypy
+	find runtime_ops \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix $(PY)
+	$(BIN)/ruff format $(PY)
+	find runtime_ops \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format -i
+
+# Opens build/demo's decoder in Netron (headless Chromium) and saves what it shows.
+docs-screenshot:
+	bash docs/netron/screenshot.sh
+
+clean:
+	rm -rf build dist $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quantize,export,tasks]'
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quantize,export,tasks,dev]'
+	touch $@

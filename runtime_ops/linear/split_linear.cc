@@ -1,0 +1,153 @@
+// Two passes over tasks: row tiles to codes (and latent codes of the correction), then tiles of
+// rows x 16 output channels to y. A second pass starts when all codes exist, because every output
+// channel needs every input channel.
+#include "linear/split_linear.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "include/scratch.h"
+#include "linear/panel_terms.h"
+
+namespace splitq {
+namespace {
+
+// Rows of a task of the first pass: small, to give every thread some of a short prompt.
+constexpr int64_t kPrepareRows = 16;
+
+// Below this many units (a multiplication of a code, unpacking it counted as eight) one thread is
+// done before another has woken up.
+constexpr int64_t kSerialWork = int64_t{1} << 20;
+constexpr int64_t kUnpackWork = 8;
+
+struct Buffers {
+  std::array<CodeRows, kGroups> codes;
+  CodeRows latent;
+  int64_t task_floats = 0;
+  float* floats = nullptr;       // [tasks, task_floats]
+  CodeRows residual;             // [rows]
+  int64_t* mac_index = nullptr;  // [rows]
+};
+
+CodeRows TakeRows(Scratch& scratch, int64_t rows, int64_t channels) {
+  const int64_t stride = RoundUp(channels, kCodeRowAlign);
+  int8_t* codes = scratch.Take<int8_t>(rows * stride);
+  return {codes, stride, scratch.Take<float>(rows)};
+}
+
+Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
+  Buffers buffers;
+  for (int g = 0; g < kGroups; ++g) {
+    const int64_t width = layer.activation.groups[g].width;
+    if (width > 0) buffers.codes[g] = TakeRows(scratch, rows, width);
+  }
+  buffers.task_floats = RowWorkspace(layer.activation);
+  if (layer.corrected) {
+    buffers.latent = TakeRows(scratch, rows, layer.correction.rank());
+    buffers.task_floats = std::max(buffers.task_floats, LatentWorkspace(layer.correction));
+    if (layer.correction.mac_rank > 0) {
+      buffers.residual = TakeRows(scratch, rows, layer.activation.groups[kMain].width);
+      buffers.mac_index = scratch.Take<int64_t>(rows);
+    }
+  }
+  buffers.floats = scratch.Take<float>(CeilDiv(rows, kPrepareRows) * buffers.task_floats);
+  return buffers;
+}
+
+void ZeroPadding(const CodeRows& rows, int64_t row, int64_t width) {
+  std::memset(rows.row(row) + width, 0, static_cast<size_t>(rows.stride - width));
+}
+
+// Codes of rows [first, first + count); residual codes only of the rows that take MAC, gathered at
+// the front of the tile's part of `residual`.
+MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+                     int64_t first, int64_t count, float* floats) {
+  const ActivationPlan& plan = layer.activation;
+  const bool has_mac = buffers.mac_index != nullptr;
+  int64_t* index = has_mac ? buffers.mac_index + first : nullptr;
+  MacRows mac{has_mac ? buffers.residual.from(first) : CodeRows{}, index, 0};
+  for (int64_t m = first; m < first + count; ++m) {
+    RowTarget target;
+    for (int g = 0; g < kGroups; ++g) {
+      if (plan.groups[g].width == 0) continue;
+      target.codes[g] = buffers.codes[g].row(m);
+      target.scale[g] = buffers.codes[g].scale + m;
+      ZeroPadding(buffers.codes[g], m, plan.groups[g].width);
+    }
+    if (has_mac && TakesMac(layer.correction, data.modality, m)) {
+      target.residual = mac.residual.row(mac.count);
+      target.residual_scale = mac.residual.scale + mac.count;
+      ZeroPadding(mac.residual, mac.count, plan.groups[kMain].width);
+      index[mac.count++] = m - first;
+    }
+    QuantizeRow(plan, data.x + m * plan.channels, floats, target);
+  }
+  return mac;
+}
+
+void PrepareTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+                 int64_t tile) {
+  const int64_t first = tile * kPrepareRows;
+  const int64_t count = std::min(data.rows - first, kPrepareRows);
+  float* floats = buffers.floats + tile * buffers.task_floats;
+  const MacRows mac = PrepareCodes(layer, data, buffers, first, count, floats);
+  if (!layer.corrected) return;
+  const CodeRows latent = buffers.latent.from(first);
+  for (int64_t m = 0; m < count; ++m) ZeroPadding(latent, m, layer.correction.rank());
+  QuantizeLatent(layer.correction, buffers.codes[kMain].from(first), mac, count, floats, latent);
+}
+
+void AddTile(const float* terms, int64_t count, float* total) {
+  for (int64_t i = 0; i < count * kPanel; ++i) total[i] += terms[i];
+}
+
+// y of rows [first, first + count) and the 16 channels of a panel, summed in the order main, text,
+// vision, correction, bias.
+void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+                int64_t first, int64_t count, int64_t panel) {
+  FloatTile total, terms = {};
+  PanelTerms(layer.weights[kMain], panel, buffers.codes[kMain].from(first), count, total);
+  for (int g = kMain + 1; g < kGroups; ++g) {
+    if (layer.activation.groups[g].width == 0) continue;
+    PanelTerms(layer.weights[g], panel, buffers.codes[g].from(first), count, terms);
+    AddTile(terms, count, total);
+  }
+  if (layer.corrected) {
+    PanelTerms(layer.correction.v, panel, buffers.latent.from(first), count, terms);
+    AddTile(terms, count, total);
+  }
+  const int64_t width = PanelWidth(layer.weights[kMain], panel);
+  const float* bias = layer.bias != nullptr ? layer.bias + panel * kPanel : nullptr;
+  for (int64_t m = 0; m < count; ++m) {
+    float* y = data.y + (first + m) * layer.channels_out() + panel * kPanel;
+    const float* sums = total + m * kPanel;
+    for (int64_t n = 0; n < width; ++n) y[n] = bias != nullptr ? sums[n] + bias[n] : sums[n];
+  }
+}
+
+}  // namespace
+
+int64_t ScratchBytes(const SplitLinear& layer, int64_t rows) {
+  Scratch scratch;
+  TakeBuffers(layer, rows, scratch);
+  return scratch.used() + Scratch::kAlign;
+}
+
+void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void* memory,
+                    const ParallelFor& parallel) {
+  Scratch scratch(memory);
+  const Buffers buffers = TakeBuffers(layer, data.rows, scratch);
+  const int64_t weight_codes = layer.activation.channels * layer.channels_out();
+  const bool serial = weight_codes < kSerialWork / (data.rows + kUnpackWork);
+  parallel(CeilDiv(data.rows, kPrepareRows), serial,
+           [&](int64_t tile) { PrepareTile(layer, data, buffers, tile); });
+  const int64_t panels = layer.weights[kMain].panels();
+  const int64_t tiles = CeilDiv(data.rows, kTileRows);
+  parallel(tiles * panels, serial, [&](int64_t task) {  // the panels of a row tile one by one
+    const int64_t first = task / panels * kTileRows;
+    const int64_t count = std::min(data.rows - first, kTileRows);
+    OutputTile(layer, data, buffers, first, count, task % panels);
+  });
+}
+
+}  // namespace splitq

@@ -1,0 +1,120 @@
+#include "ops/channel_groups.h"
+
+#include <cstring>
+
+#include "pack/layout.h"
+
+namespace splitq::ops {
+namespace {
+
+constexpr char kExportAgain[] = "export the model again";
+
+bool IsPermutation(const std::vector<int32_t>& order) {
+  std::vector<bool> seen(order.size());
+  for (const int32_t channel : order) {
+    if (channel < 0 || static_cast<size_t>(channel) >= order.size() || seen[channel]) return false;
+    seen[channel] = true;
+  }
+  return true;
+}
+
+}  // namespace
+
+ChannelGroups::ChannelGroups(const Node& node, size_t first_input) {
+  ReadWidths(node);
+  ReadBits(node);
+  ReadOrder(node, first_input);
+  if (node.HasInput(first_input + 1)) {
+    plan_.scale = Keep(node.Constant(first_input + 1, {plan_.channels}), plan_.channels);
+  }
+  for (int g = 0; g < kGroups; ++g) {
+    ReadFactors(node, first_input + 2 + 2 * static_cast<size_t>(g), g);
+  }
+  ReadClip(node, first_input + 8);
+}
+
+void ChannelGroups::ReadWidths(const Node& node) {
+  plan_.channels = node.Int("K", 1, kGroups * kMaxChannelsIn);
+  const std::vector<int64_t> widths = node.Ints("group_widths");
+  int64_t total = 0;
+  bool good = widths.size() == kGroups && widths[kMain] > 0;
+  for (const int64_t width : widths) {
+    good = good && width >= 0 && width <= kMaxChannelsIn;
+    if (good) total += width;
+  }
+  if (!good || total != plan_.channels) {
+    node.Fail("group_widths [K_m, K_t, K_v] with K_m > 0, none above " +
+                  std::to_string(kMaxChannelsIn) +
+                  " and the sum K = " + std::to_string(plan_.channels),
+              ToString(widths), kExportAgain);
+  }
+  for (int g = 0; g < kGroups; ++g) plan_.groups[g].width = widths[g];
+}
+
+void ChannelGroups::ReadBits(const Node& node) {
+  const int main_bits = node.BitWidth("activation_bits");
+  const int outlier_bits = node.BitWidth("outlier_activation_bits", 8);
+  for (int g = 0; g < kGroups; ++g) {
+    plan_.groups[g].bits = g == kMain ? main_bits : outlier_bits;
+  }
+  plan_.residual_bits = node.BitWidth("residual_bits", 8);
+  plan_.groups[kMain].symmetric = node.Int("activation_symmetric", 0, 1, 1) == 1;
+  if (!plan_.groups[kMain].symmetric && main_bits == 8) {
+    node.Fail("activation_bits below 8 with activation_symmetric = 0", "8", kExportAgain);
+  }
+}
+
+void ChannelGroups::ReadOrder(const Node& node, size_t input) {
+  if (!node.HasInput(input)) return;
+  const Tensor tensor = node.Constant(input, {plan_.channels});
+  order_.resize(static_cast<size_t>(plan_.channels));
+  std::memcpy(order_.data(), tensor.data, order_.size() * sizeof(int32_t));
+  if (!IsPermutation(order_)) {
+    node.Fail("channel_order to be a permutation of 0 .. K-1", "a channel out of range or twice",
+              kExportAgain);
+  }
+  plan_.order = order_.data();
+}
+
+void ChannelGroups::ReadFactors(const Node& node, size_t input, int group) {
+  const std::string names =
+      std::string(node.InputName(input)) + " and " + node.InputName(input + 1);
+  const bool first = node.HasInput(input), second = node.HasInput(input + 1);
+  if (first != second) node.Fail("both or neither of " + names, "one", kExportAgain);
+  if (!first) return;
+  const Shape p1 = node.AnyConstant(input).shape, p2 = node.AnyConstant(input + 1).shape;
+  const int64_t width = plan_.groups[group].width;
+  // a and b divide the width, so that their product cannot overflow before it is compared
+  const bool good = p1.size() == 2 && p2.size() == 2 && p1[0] > 0 && width > 0 &&
+                    width % p1[0] == 0 && p2[0] == width / p1[0];
+  if (!good) {
+    node.Fail(names + " of shapes [a, a] and [b, b] with a * b = " + kGroupNames[group] + " = " +
+                  std::to_string(width),
+              ToString(p1) + " and " + ToString(p2), kExportAgain);
+  }
+  KroneckerFactors& factors = plan_.groups[group].factors;
+  factors.a = p1[0];
+  factors.b = p2[0];
+  factors.p1 = Keep(node.Constant(input, {p1[0], p1[0]}), p1[0] * p1[0]);
+  factors.p2 = Keep(node.Constant(input + 1, {p2[0], p2[0]}), p2[0] * p2[0]);
+}
+
+void ChannelGroups::ReadClip(const Node& node, size_t input) {
+  if (!node.HasInput(input)) return;
+  const float* clip = Keep(node.Constant(input, {kGroups}), kGroups);
+  for (int g = 0; g < kGroups; ++g) {
+    if (!(clip[g] > 0.0f && clip[g] <= 1.0f)) {
+      node.Fail("activation_clip in (0, 1]", std::to_string(clip[g]), kExportAgain);
+    }
+    plan_.groups[g].clip = clip[g];
+  }
+}
+
+const float* ChannelGroups::Keep(const Tensor& tensor, int64_t count) {
+  std::vector<float> copy(static_cast<size_t>(count));
+  std::memcpy(copy.data(), tensor.data, copy.size() * sizeof(float));
+  floats_.push_back(std::move(copy));
+  return floats_.back().data();
+}
+
+}  // namespace splitq::ops

@@ -1,0 +1,89 @@
+#include "ops/channel_split_op.h"
+
+#include <algorithm>
+
+#include "include/sizes.h"
+
+namespace splitq::ops {
+namespace {
+
+constexpr int kResidual = kGroups;  // its place in the list of outputs
+constexpr int64_t kTaskRows = 16;
+constexpr int64_t kSerialFloats = 1 << 14;  // less is done before another thread wakes up
+
+struct OutputRows {
+  int64_t width = 0;
+  int8_t* codes = nullptr;  // [rows, width], null if not wanted
+  float* scale = nullptr;   // [rows]
+};
+
+RowTarget TargetOf(const OutputRows (&outputs)[kGroups + 1], int64_t row) {
+  RowTarget target;
+  for (int g = 0; g < kGroups; ++g) {
+    if (outputs[g].codes == nullptr) continue;
+    target.codes[g] = outputs[g].codes + row * outputs[g].width;
+    target.scale[g] = outputs[g].scale + row;
+  }
+  if (outputs[kResidual].codes != nullptr) {
+    target.residual = outputs[kResidual].codes + row * outputs[kResidual].width;
+    target.residual_scale = outputs[kResidual].scale + row;
+  }
+  return target;
+}
+
+}  // namespace
+
+ChannelSplitKernel::ChannelSplitKernel(const Node& node)
+    : name_(node.name()), groups_(node, 1), arena_(node.api(), node.info()) {
+  for (int i = 0; i <= kResidual; ++i) {
+    const size_t output = 2 * static_cast<size_t>(i);
+    const std::string codes = std::string("'") + kOutputs[output].name + "'";
+    wanted_[i] = node.HasOutput(output);
+    if (wanted_[i] != node.HasOutput(output + 1)) {
+      node.Fail("both or neither of output " + codes + " and its scale", "one",
+                "export the model again");
+    }
+    if (wanted_[i] && i < kGroups && groups_.width(i) == 0) {
+      node.Fail("no output " + codes + " because " + kGroupNames[i] + " is 0", "one",
+                "omit the output");
+    }
+  }
+}
+
+void ChannelSplitKernel::Compute(Call& call) const {
+  const ActivationPlan& plan = groups_.plan();
+  const Tensor x = call.Rows(0, plan.channels);
+  const int64_t rows = LeadingSize(x.shape);
+  OutputRows outputs[kGroups + 1];
+  for (int i = 0; i <= kResidual; ++i) {
+    if (!wanted_[i]) continue;
+    const size_t output = 2 * static_cast<size_t>(i);
+    outputs[i].width = groups_.width(i == kResidual ? kMain : i);
+    outputs[i].codes = call.Output<int8_t>(output, WithLast(x.shape, outputs[i].width));
+    outputs[i].scale = call.Output<float>(output + 1, WithLast(x.shape, 1));
+  }
+  if (rows == 0) return;
+  const int64_t tasks = CeilDiv(rows, kTaskRows), task_floats = RowWorkspace(plan);
+  const Arena::Block scratch =
+      arena_.Allocate(tasks * task_floats * static_cast<int64_t>(sizeof(float)));
+  float* const floats = static_cast<float*>(scratch.data());
+  const bool serial = plan.channels < kSerialFloats / rows;
+  call.Parallel()(tasks, serial, [&](int64_t task) {
+    const int64_t end = std::min(rows, (task + 1) * kTaskRows);
+    for (int64_t m = task * kTaskRows; m < end; ++m) {
+      QuantizeRow(plan, x.as<float>() + m * plan.channels, floats + task * task_floats,
+                  TargetOf(outputs, m));
+    }
+  });
+}
+
+void ChannelSplitKernel::InferShapes(const ShapeInference& shapes) {
+  const std::vector<int64_t> widths = shapes.Ints("group_widths", kGroups);
+  for (int i = 0; i <= kResidual; ++i) {
+    const size_t output = 2 * static_cast<size_t>(i);
+    shapes.SetLike(output, kInt8, widths[i == kResidual ? kMain : i]);
+    shapes.SetLike(output + 1, kFloat, 1);
+  }
+}
+
+}  // namespace splitq::ops

@@ -1,0 +1,131 @@
+"""The equivalent transform P = P1 ⊗ P2 (eq. 2): factors, orthogonal starts, application, inverse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from builders import rng
+
+from splitq_edge.errors import SplitQError
+from splitq_edge.quant.transforms import (
+    MAX_FACTOR_RATIO,
+    apply_transform,
+    factor_pair,
+    has_balanced_factors,
+    invert_into_weight,
+    orthogonal_start,
+)
+from splitq_edge.splitting.plan import outlier_width
+
+SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 31, 32, 46, 54, 61, 62, 64, 122, 128]
+PAIRS = [(1, 1), (1, 5), (2, 3), (4, 4), (6, 9), (8, 16), (16, 32)]
+
+
+def largest_divisor_up_to_root(width: int) -> int:
+    return max(divisor for divisor in range(1, math.isqrt(width) + 1) if width % divisor == 0)
+
+
+def dense(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
+    """The Kronecker product entry by entry: P[(i, j), (k, l)] = P1[i, k] P2[j, l]."""
+    a, b = p1.shape[0], p2.shape[0]
+    product = torch.empty(a * b, a * b, dtype=torch.float64)
+    for i in range(a):
+        for k in range(a):
+            product[i * b : (i + 1) * b, k * b : (k + 1) * b] = p1[i, k].double() * p2.double()
+    return product
+
+
+def random_factors(a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Well conditioned, neither symmetric nor orthogonal."""
+    generator = rng(a * 100 + b)
+    factors = [torch.eye(n) + torch.randn(n, n, generator=generator) * 0.3 / n**0.5 for n in (a, b)]
+    return factors[0], factors[1]
+
+
+def test_factor_pair_is_the_most_equal_one_or_a_clear_refusal_for_every_width() -> None:
+    for width in range(32, 8193, 2):
+        a = largest_divisor_up_to_root(width)
+        balanced = width // a <= MAX_FACTOR_RATIO * a
+        assert has_balanced_factors(width) == balanced, width
+        if balanced:
+            assert factor_pair(width) == (a, width // a)
+        else:
+            with pytest.raises(SplitQError, match=rf"1 : 8, got {width} = {a} x {width // a}; change the split ratio"):
+                factor_pair(width)
+
+
+def test_every_main_width_that_the_planner_gives_has_factors() -> None:
+    widths = {channels - outlier_width(channels, ratio) for channels in range(64, 8193, 62) for ratio in (0.01, 0.02)}
+    assert len(widths) > 100
+    for width in widths:
+        a, b = factor_pair(width)
+        assert a * b == width
+        assert a <= b <= MAX_FACTOR_RATIO * a
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 7, 8])
+def test_narrow_groups_are_never_lopsided(width: int) -> None:
+    a, b = factor_pair(width)
+    assert a * b == width
+
+
+@pytest.mark.parametrize("width", [11, 3932, 8186, 4099])
+def test_widths_that_degenerate_are_refused_in_one_line(width: int) -> None:
+    with pytest.raises(SplitQError, match="transform: expected") as raised:
+        factor_pair(width)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_orthogonal_start_is_orthogonal_and_spreads_every_channel(n: int) -> None:
+    matrix = orthogonal_start(n)
+    assert matrix.shape == (n, n)
+    assert matrix.dtype == torch.float32
+    identity = torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(matrix.double() @ matrix.double().T, identity, atol=1e-6, rtol=0)
+    torch.testing.assert_close(matrix.double().T @ matrix.double(), identity, atol=1e-6, rtol=0)
+    assert matrix.abs().max() <= math.sqrt(2 / n) + 1e-6  # no channel stays where it was
+
+
+@pytest.mark.parametrize("n", [1, 4, 16, 64])
+def test_hadamard_of_a_power_of_four_is_exact(n: int) -> None:
+    assert torch.equal(orthogonal_start(n).abs(), torch.full((n, n), n**-0.5))
+    assert torch.equal(orthogonal_start(n) @ orthogonal_start(n).T, torch.eye(n))
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_application_equals_the_explicit_kronecker_product(a: int, b: int) -> None:
+    p1, p2 = random_factors(a, b)
+    x = torch.randn(2, 3, a * b, generator=rng())
+    expected = x.double() @ dense(p1, p2)
+    torch.testing.assert_close(apply_transform(x, p1, p2).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_application_by_hand() -> None:
+    # x = [[1, 2], [3, 4]] as a matrix; P1 swaps its rows, P2 doubles its first column.
+    p1 = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    p2 = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    assert apply_transform(torch.tensor([1.0, 2.0, 3.0, 4.0]), p1, p2).tolist() == [6, 4, 2, 2]
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_weight_takes_the_inverse_of_the_explicit_product(a: int, b: int) -> None:
+    p1, p2 = random_factors(a, b)
+    weight = torch.randn(a * b, 7, generator=rng())
+    expected = torch.linalg.solve(dense(p1, p2), weight.double())
+    torch.testing.assert_close(invert_into_weight(weight, p1, p2).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_transform_and_its_inverse_leave_the_linear_unchanged(a: int, b: int) -> None:
+    x = torch.randn(5, a * b, generator=rng(1))
+    weight = torch.randn(a * b, 7, generator=rng(2))
+    for p1, p2 in (random_factors(a, b), (orthogonal_start(a), orthogonal_start(b))):
+        got = apply_transform(x, p1, p2) @ invert_into_weight(weight, p1, p2)
+        torch.testing.assert_close(got, x @ weight, atol=1e-3, rtol=1e-4)
+
+
+def test_empty_batch_passes_through() -> None:
+    assert apply_transform(torch.zeros(0, 12), *random_factors(3, 4)).shape == (0, 12)
