@@ -64,6 +64,16 @@ globalThis.splitq = {
 };
 """
 
+# Netron's panel cuts names such as outlier_activation_bits; with this they are whole.
+WIDE_PANEL = """
+document.head.insertAdjacentHTML('beforeend', `<style id="wide-panel">
+  #sidebar { width: 620px !important; }
+  #target { width: calc(100% - 620px) !important; }
+  .sidebar-item-name { min-width: 150px; max-width: 150px; }
+  .sidebar-item-value-list { margin-left: 160px; }
+</style>`);
+"""
+
 
 class Browser:
     """A headless Chromium with one page that reaches `origin` and nothing else.
@@ -174,7 +184,7 @@ class Browser:
 
     def wait_until(self, condition: str, what: str) -> None:
         deadline = time.monotonic() + SECONDS
-        while not self.evaluate(condition):
+        while not self.evaluate(f"Boolean({condition})"):
             said = self.evaluate(
                 "/alert|notification|message/.test(document.body?.className)"
                 " ? document.getElementById('message-text').innerText : ''"
@@ -204,18 +214,27 @@ class Browser:
 def take_pictures(browser: Browser, graph_picture: Path, body_picture: Path) -> None:
     browser.call("Page.addScriptToEvaluateOnNewDocument", source=BEFORE_NETRON)
     browser.call("Page.navigate", url=browser.origin + "/")
-    shown = "document.body?.classList.contains('default') && Boolean(globalThis.__view__?.target)"
+    shown = "document.body?.classList.contains('default') && globalThis.__view__?.target"
     browser.wait_until(shown, "the graph")
     browser.evaluate(HELPERS)
     if not browser.evaluate(f"splitq.titles('{OP}').length"):
         sys.exit(f"the graph has no {OP}: is this an exported decoder?")
 
-    browser.evaluate(f"globalThis.pair = splitq.closestPair('{OP}'); splitq.frame(pair, 0.8)")
+    browser.evaluate(WIDE_PANEL)
+    browser.evaluate(f"globalThis.pair = splitq.closestPair('{OP}'); splitq.frame(pair, 0.85)")
     browser.click("pair[0].querySelector('.node-item-type')")
-    browser.wait_until("document.querySelector('#sidebar-content .sidebar-item')", "the node's attributes")
-    # The panel has taken its part of the window.
-    browser.evaluate("splitq.frame(pair, 0.8)")
+    browser.wait_until("document.querySelector('#sidebar-content .sidebar-section')", "the node's attributes")
+    # Again: the panel has taken its part of the window.
+    browser.evaluate("splitq.frame(pair, 0.85)")
     browser.save(graph_picture)
+
+    # The last field of the title is the "f" that opens the function.
+    browser.evaluate("document.getElementById('wide-panel').remove()")
+    browser.click("[...pair[0].querySelectorAll('.node-item-type')].at(-1)")
+    opened = "document.getElementById('toolbar-path').children.length > 1"
+    browser.wait_until(f"{shown} && {opened}", "the function's body")
+    browser.evaluate("splitq.frame([document.getElementById('nodes')], 0.97)")
+    browser.save(body_picture)
 
 
 def main(program: str, model: str, graph_picture: str, body_picture: str) -> None:

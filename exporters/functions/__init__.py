@@ -1,8 +1,9 @@
 """Function bodies of the `ai.splitq` ops in standard ONNX ops: with them any ONNX Runtime runs the file.
 
-A top-level node and its body share name and overload. Functions that a body calls have no overload, because
-ONNX Runtime does not resolve a nested one ("not a registered function/op"); they depend on little enough that
-a normal model has one of each kind, under the canonical name. A second structure gets a suffixed name.
+A top-level node and its body share name and overload; ONNX Runtime tells overloads apart from 1.27 on, onnx.reference
+not at all (inline the functions first, `onnx.inliner`). Functions that a body calls have no overload, because ONNX
+Runtime does not resolve a nested one ("not a registered function/op"); they depend on little enough that a normal model
+has one of each kind, under the canonical name. A second structure in a file gets a suffixed name.
 """
 
 from __future__ import annotations

@@ -41,8 +41,7 @@ def quantize_function(spec: ChannelSplitQuantizeSpec, name: str, overload: str) 
 def quantize_structure(spec: ChannelSplitQuantizeSpec) -> str:
     """What the body depends on: specs of one structure share a nested function."""
     overload = spec.overload.split("_")
-    widths = ".".join(group for group in spec.groups)
-    return "_".join([overload[0], widths, *overload[2:]])
+    return "_".join([overload[0], ".".join(spec.groups), *overload[2:]])
 
 
 def _clips(body: Body, spec: ChannelSplitQuantizeSpec) -> dict[str, str]:

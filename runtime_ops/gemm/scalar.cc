@@ -44,10 +44,15 @@ void WidenRow(const int8_t* codes, int64_t begin, int64_t length, const PanelPro
   std::fill(wide + stop, wide + length, int16_t{0});
 }
 
-int32_t Dot(const int16_t* __restrict a, const int16_t* __restrict b, int64_t length) {
-  int32_t sum = 0;
-  for (int64_t k = 0; k < length; ++k) sum += a[k] * b[k];
-  return sum;
+// sums[n] += wide . weights[n]
+void AddDots(const int16_t* __restrict wide, const UnpackedPanel& weights, int64_t length,
+             int32_t* __restrict sums) {
+  for (int n = 0; n < kPanel; ++n) {
+    const int16_t* row = weights[n];
+    int32_t sum = 0;
+    for (int64_t k = 0; k < length; ++k) sum += wide[k] * row[k];
+    sums[n] += sum;
+  }
 }
 
 template <int bits>
@@ -62,8 +67,7 @@ void Run(const PanelProduct& product) {
     UnpackChunk<bits>(product.panel, begin / kStep, blocks, weights);
     for (int64_t m = 0; m < product.rows; ++m) {
       WidenRow(product.codes + m * product.codes_stride, begin, blocks * kStep, product, wide);
-      int32_t* sums = product.sums + m * kPanel;
-      for (int n = 0; n < kPanel; ++n) sums[n] += Dot(wide, weights[n], blocks * kStep);
+      AddDots(wide, weights, blocks * kStep, product.sums + m * kPanel);
     }
   }
 }

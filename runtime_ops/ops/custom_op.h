@@ -31,7 +31,7 @@ class CustomOp : public OrtCustomOp {
     CreateKernelV2 = &Create;
     KernelComputeV2 = &Compute;
     KernelDestroy = [](void* kernel) { delete static_cast<Instance*>(kernel); };
-    InferOutputShapeFn = &InferShapes;
+    if (getenv("NOINF")==nullptr) InferOutputShapeFn = &InferShapes;
   }
 
  private:

@@ -1,0 +1,103 @@
+"""Adapters describe a family so that every linear is claimed exactly once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from builders import tiny_llava_config
+from torch import nn
+
+from splitq_edge.adapters.registry import ADAPTERS, adapter_for
+from splitq_edge.errors import SplitQError, UnsupportedModelError
+
+
+@pytest.fixture(scope="module")
+def meta_llava() -> nn.Module:
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(tiny_llava_config())
+
+
+def linears(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def test_every_linear_of_a_llava_is_claimed_exactly_once(meta_llava: nn.Module) -> None:
+    adapter = adapter_for("llava")
+    names = linears(meta_llava)
+    # 2 vision blocks of 6, the projector's 2, 2 language blocks of 7, lm_head
+    assert len(names) == 2 * 6 + 2 + 2 * 7 + 1
+    assert {name: len(adapter.claims(name)) for name in names} == dict.fromkeys(names, 1)
+
+
+def test_sites_of_a_language_block_hold_each_linear_of_it_once(meta_llava: nn.Module) -> None:
+    adapter = adapter_for("llava")
+    block = meta_llava.get_submodule(adapter.language_blocks)[0]
+    claimed = Counter(path for site in adapter.language_block for path in site.linears)
+    assert claimed == Counter(linears(block))
+
+
+def test_linears_of_one_site_have_the_same_input_width(meta_llava: nn.Module) -> None:
+    adapter = adapter_for("llava")
+    for blocks, sites in (
+        (adapter.vision_blocks, adapter.vision_block),
+        (adapter.language_blocks, adapter.language_block),
+    ):
+        for block in meta_llava.get_submodule(blocks):
+            for site in sites:
+                assert len({block.get_submodule(path).in_features for path in site.linears}) == 1, site.name
+
+
+def test_all_module_paths_of_the_adapter_exist(meta_llava: nn.Module) -> None:
+    adapter = adapter_for("llava")
+    for path in (
+        adapter.vision_encoder,
+        adapter.vision_blocks,
+        adapter.projector_module,
+        *adapter.projector,
+        adapter.language_model,
+        adapter.language_blocks,
+        adapter.lm_head,
+    ):
+        assert isinstance(meta_llava.get_submodule(path), nn.Module), path
+    assert isinstance(getattr(meta_llava.config, adapter.image_token_field), int)
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        "model.language_model.layers.0.self_attn.extra_proj",
+        "model.language_model.layers.x.self_attn.q_proj",
+        "model.language_model.layers.0.q_proj",
+        "self_attn.q_proj",
+        "model.language_model.embed_tokens",
+    ],
+)
+def test_a_linear_that_the_adapter_does_not_know_is_claimed_by_nothing(stranger: str) -> None:
+    assert adapter_for("llava").claims(stranger) == []
+
+
+def test_site_names_carry_the_block_number() -> None:
+    adapter = adapter_for("llava")
+    assert [adapter.site_name(3, site) for site in adapter.language_block] == [
+        "layers.3.attn_in",
+        "layers.3.attn_out",
+        "layers.3.mlp_in",
+        "layers.3.mlp_mid",
+    ]
+
+
+def test_unknown_model_type_lists_the_supported_ones() -> None:
+    with pytest.raises(UnsupportedModelError) as raised:
+        adapter_for("resnet")
+    assert isinstance(raised.value, SplitQError)
+    message = str(raised.value)
+    assert "'resnet'" in message
+    assert all(model_type in message for model_type in ADAPTERS)
+
+
+def test_registry_keys_are_the_adapters_own_model_types() -> None:
+    assert {name: adapter.model_type for name, adapter in ADAPTERS.items()} == {name: name for name in ADAPTERS}
