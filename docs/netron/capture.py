@@ -5,6 +5,7 @@ Netron is needed. The page may only talk to Netron's server on 127.0.0.1; what e
 """
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -116,15 +117,17 @@ class Browser:
         os.close(browser_in)
         os.close(browser_out)
         self._session: str | None = None
+
+    def open_page(self) -> None:
+        """Opens the page all further calls go to."""
         page = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         self.call("Page.enable")
         self.call("Fetch.enable")
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=1, mobile=False
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=1, mobile=False)
 
     def close(self) -> None:
+        """Ends the browser, by force if it must be."""
         os.close(self._to_browser)
         try:
             self._process.wait(timeout=10)
@@ -139,8 +142,9 @@ class Browser:
         if self._session:
             message["sessionId"] = self._session
         data = json.dumps(message).encode() + b"\0"
-        while data:
-            data = data[os.write(self._to_browser, data) :]
+        with contextlib.suppress(BrokenPipeError):  # the browser has ended: reading its answer says so
+            while data:
+                data = data[os.write(self._to_browser, data) :]
         return self._last_id
 
     def _read_message(self, deadline: float) -> None:
@@ -165,6 +169,7 @@ class Browser:
             self._answers[message["id"]] = message
 
     def call(self, method: str, **params) -> dict:
+        """A DevTools command's result."""
         wanted = self._send(method, **params)
         deadline = time.monotonic() + SECONDS
         while wanted not in self._answers:
@@ -183,6 +188,7 @@ class Browser:
         return answer["result"].get("value")
 
     def wait_until(self, condition: str, what: str) -> None:
+        """Waits for a JavaScript condition; ends the program when Netron shows a message instead, or takes too long."""
         deadline = time.monotonic() + SECONDS
         while not self.evaluate(f"Boolean({condition})"):
             said = self.evaluate(
@@ -203,6 +209,7 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=middle["x"], y=middle["y"], **button)
 
     def save(self, path: Path) -> None:
+        """Writes what the window shows as a PNG."""
         # Away from the graph: no hover colours in the picture.
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=HEIGHT - 1)
         time.sleep(1)  # the panel slides in, Netron scrolls smoothly
@@ -212,6 +219,8 @@ class Browser:
 
 
 def take_pictures(browser: Browser, graph_picture: Path, body_picture: Path) -> None:
+    """The steps a person would take: open the decoder, look at one SplitQLinear, open its function."""
+    browser.open_page()
     browser.call("Page.addScriptToEvaluateOnNewDocument", source=BEFORE_NETRON)
     browser.call("Page.navigate", url=browser.origin + "/")
     shown = "document.body?.classList.contains('default') && globalThis.__view__?.target"
@@ -238,6 +247,7 @@ def take_pictures(browser: Browser, graph_picture: Path, body_picture: Path) -> 
 
 
 def main(program: str, model: str, graph_picture: str, body_picture: str) -> None:
+    """Takes both pictures of `model` with the browser `program`."""
     # A polite kill must also run the cleanup below.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     logging.basicConfig(level=logging.WARNING)

@@ -14,6 +14,9 @@ browser=${CHROMIUM:-$(command -v chromium || command -v chromium-browser || comm
   echo "Chromium is missing: 'apt-get install chromium fonts-dejavu-core', or set CHROMIUM=/path/to/the/browser" >&2
   exit 1
 }
+if command -v fc-list >/dev/null && [ -z "$(fc-list ':charset=3008')" ]; then
+  echo "no font has the brackets around tensor shapes, they will be boxes: 'apt-get install fonts-sawarabi-gothic'" >&2
+fi
 
 # Its own environment: Netron is only needed for these pictures.
 if [ "$(cat "$venv/.netron-version" 2>/dev/null || true)" != "$netron_version" ]; then

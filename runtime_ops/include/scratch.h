@@ -1,7 +1,6 @@
 // Cuts one block of memory into arrays. Run once without memory to learn the size, once with it.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "include/sizes.h"

@@ -97,26 +97,28 @@ void PrepareTile(const SplitLinear& layer, const SplitLinearRows& data, const Bu
   QuantizeLatent(layer.correction, buffers.codes[kMain].from(first), mac, count, floats, latent);
 }
 
-void AddTile(const float* terms, int64_t count, float* total) {
-  for (int64_t i = 0; i < count * kPanel; ++i) total[i] += terms[i];
+void AddTile(const float* terms, int64_t count, int64_t width, float* total) {
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t n = 0; n < width; ++n) total[m * kPanel + n] += terms[m * kPanel + n];
+  }
 }
 
 // y of rows [first, first + count) and the 16 channels of a panel, summed in the order main, text,
 // vision, correction, bias.
 void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
                 int64_t first, int64_t count, int64_t panel) {
-  FloatTile total, terms = {};
+  FloatTile total, terms;
+  const int64_t width = PanelWidth(layer.weights[kMain], panel);
   PanelTerms(layer.weights[kMain], panel, buffers.codes[kMain].from(first), count, total);
   for (int g = kMain + 1; g < kGroups; ++g) {
     if (layer.activation.groups[g].width == 0) continue;
     PanelTerms(layer.weights[g], panel, buffers.codes[g].from(first), count, terms);
-    AddTile(terms, count, total);
+    AddTile(terms, count, width, total);
   }
   if (layer.corrected) {
     PanelTerms(layer.correction.v, panel, buffers.latent.from(first), count, terms);
-    AddTile(terms, count, total);
+    AddTile(terms, count, width, total);
   }
-  const int64_t width = PanelWidth(layer.weights[kMain], panel);
   const float* bias = layer.bias != nullptr ? layer.bias + panel * kPanel : nullptr;
   for (int64_t m = 0; m < count; ++m) {
     float* y = data.y + (first + m) * layer.channels_out() + panel * kPanel;

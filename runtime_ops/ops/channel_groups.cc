@@ -1,6 +1,7 @@
 #include "ops/channel_groups.h"
 
 #include <cstring>
+#include <utility>
 
 #include "pack/layout.h"
 

@@ -77,13 +77,10 @@ void ChannelSplitKernel::Compute(Call& call) const {
   });
 }
 
+// Only of the required outputs: nothing here tells which others the node has.
 void ChannelSplitKernel::InferShapes(const ShapeInference& shapes) {
-  const std::vector<int64_t> widths = shapes.Ints("group_widths", kGroups);
-  for (int i = 0; i <= kResidual; ++i) {
-    const size_t output = 2 * static_cast<size_t>(i);
-    shapes.SetLike(output, kInt8, widths[i == kResidual ? kMain : i]);
-    shapes.SetLike(output + 1, kFloat, 1);
-  }
+  shapes.SetLike(0, kInt8, shapes.Ints("group_widths", kGroups)[kMain]);
+  shapes.SetLike(1, kFloat, 1);
 }
 
 }  // namespace splitq::ops

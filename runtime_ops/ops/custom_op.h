@@ -21,7 +21,7 @@ template <typename Kernel>
 class CustomOp : public OrtCustomOp {
  public:
   // api: of the runtime that this op is registered with.
-  explicit CustomOp(const OrtApi& api) : OrtCustomOp{}, api_(api) {
+  CustomOp(const OrtApi& api, bool infer_shapes) : OrtCustomOp{}, api_(api) {
     version = kApiVersion;
     GetName = [](const OrtCustomOp*) { return Kernel::kOp; };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
@@ -31,7 +31,7 @@ class CustomOp : public OrtCustomOp {
     CreateKernelV2 = &Create;
     KernelComputeV2 = &Compute;
     KernelDestroy = [](void* kernel) { delete static_cast<Instance*>(kernel); };
-    if (getenv("NOINF")==nullptr) InferOutputShapeFn = &InferShapes;
+    if (infer_shapes) InferOutputShapeFn = &InferShapes;
   }
 
  private:

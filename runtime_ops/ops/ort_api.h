@@ -4,10 +4,11 @@
 
 #include <onnxruntime_c_api.h>
 
+#include <cstddef>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 namespace splitq::ops {
 

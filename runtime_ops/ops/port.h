@@ -1,6 +1,8 @@
 // The inputs and outputs an op declares.
 #pragma once
 
+#include <string>
+
 #include "ops/ort_api.h"
 
 namespace splitq::ops {

@@ -1,4 +1,5 @@
 // The one function that the library exports.
+#include <cstdio>
 #include <list>
 #include <mutex>
 #include <string>
@@ -16,15 +17,25 @@
 namespace splitq::ops {
 namespace {
 
+// Runtimes before 1.24 follow a null pointer when they prepare shape inference for a node that
+// omits an input in the middle of the list; without the callback they prepare nothing.
+bool CanInferShapes(const std::string& version) {
+  int major = 0, minor = 0;
+  if (std::sscanf(version.c_str(), "%d.%d", &major, &minor) != 2) return false;
+  return major > 1 || (major == 1 && minor >= 24);
+}
+
 // The ops as one runtime sees them. Sessions keep pointers, so this lives as long as the process.
 struct Domain {
-  explicit Domain(const OrtApi& runtime)
-      : api(runtime), linear(runtime), channel_split(runtime), correction(runtime) {
+  Domain(const OrtApi& runtime, bool infer_shapes)
+      : api(runtime),
+        linear(runtime, infer_shapes),
+        channel_split(runtime, infer_shapes),
+        correction(runtime, infer_shapes) {
     Check(api, api.CreateCustomOpDomain("ai.splitq", &handle));
-    for (const OrtCustomOp* op :
-         std::initializer_list<const OrtCustomOp*>{&linear, &channel_split, &correction}) {
-      Check(api, api.CustomOpDomain_Add(handle, op));
-    }
+    Check(api, api.CustomOpDomain_Add(handle, &linear));
+    Check(api, api.CustomOpDomain_Add(handle, &channel_split));
+    Check(api, api.CustomOpDomain_Add(handle, &correction));
   }
 
   const OrtApi& api;
@@ -35,14 +46,14 @@ struct Domain {
 };
 
 // One domain a runtime: a process may have loaded two of different versions.
-OrtCustomOpDomain* DomainOf(const OrtApi& api) {
+OrtCustomOpDomain* DomainOf(const OrtApi& api, const std::string& version) {
   static std::mutex mutex;
   static std::list<Domain>& domains = *new std::list<Domain>;  // outlives every session
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Domain& domain : domains) {
     if (&domain.api == &api) return domain.handle;
   }
-  return domains.emplace_back(api).handle;
+  return domains.emplace_back(api, CanInferShapes(version)).handle;
 }
 
 }  // namespace
@@ -59,5 +70,7 @@ extern "C" SPLITQ_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOpt
     const OrtApi* oldest = base->GetApi(1);
     return oldest != nullptr ? oldest->CreateStatus(ORT_FAIL, message.c_str()) : nullptr;
   }
-  return Guarded(*api, [&] { Check(*api, api->AddCustomOpDomain(options, DomainOf(*api))); });
+  return Guarded(*api, [&] {
+    Check(*api, api->AddCustomOpDomain(options, DomainOf(*api, base->GetVersionString())));
+  });
 }

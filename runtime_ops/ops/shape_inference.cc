@@ -46,8 +46,7 @@ void ShapeInference::SetLike(size_t index, ONNXTensorElementDataType type, int64
   Check(api_, api_.SetTensorElementType(output, type));
   Check(api_, api_.SetDimensions(output, shape.data(), shape.size()));
   Check(api_, api_.SetSymbolicDimensions(output, names.data(), names.size()));
-  // Refused for an output that the node omits, which is as good.
-  Succeeded(api_, api_.ShapeInferContext_SetOutputTypeShape(context_, index, output));
+  Check(api_, api_.ShapeInferContext_SetOutputTypeShape(context_, index, output));
 }
 
 }  // namespace splitq::ops

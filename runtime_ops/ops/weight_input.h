@@ -1,6 +1,7 @@
 // A weight and its scales from the node's initializers, in either form of docs/ops.md.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "linear/weight.h"

@@ -1,6 +1,5 @@
 #include "pack/pack.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "pack/layout.h"

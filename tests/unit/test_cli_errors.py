@@ -1,0 +1,515 @@
+"""Every mistake of a user: one line "error: ...", exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import write_chats, write_image
+from click.testing import CliRunner
+
+from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_json
+from splitq_edge.cli import main
+from splitq_edge.config import PRESETS
+from splitq_edge.errors import SplitQError
+
+Check = Callable[..., str]
+
+
+@pytest.fixture
+def error_of(capfd: pytest.CaptureFixture[str]) -> Check:
+    """Runs the command line, checks the form of the failure and returns the line."""
+
+    def check(*arguments: object) -> str:
+        capfd.readouterr()
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert isinstance(result.exception, SystemExit), f"{result.exception!r}\n{result.output}"
+        assert result.exit_code == 2, result.output
+        # What native code or an early-bound handler prints bypasses click's runner.
+        stderr = result.stderr + capfd.readouterr().err
+        lines = stderr.splitlines()
+        assert len(lines) == 1, stderr
+        assert lines[0].startswith("error: "), stderr
+        assert "Traceback" not in result.output
+        return lines[0]
+
+    return check
+
+
+@pytest.fixture
+def nothing_written(tmp_path: Path) -> Callable[[], None]:
+    """Call it after the command: the place where OUT would stand must be as it was."""
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def check() -> None:
+        assert list(place.iterdir()) == []
+
+    return check
+
+
+@pytest.fixture
+def out(tmp_path: Path, nothing_written: Callable[[], None]) -> Path:
+    return tmp_path / "place" / "out"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that is enough for all checks that come before the weights are read."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llava"}')
+    return folder
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """A folder whose manifest fits its files; no graph in it can run."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    for part in ("vision_encoder", "embed_tokens", "decoder"):
+        (folder / f"{part}.onnx").write_bytes(b"graph of " + part.encode())
+    write_manifest(folder)
+    return folder
+
+
+def write_manifest(folder: Path, **changes: object) -> None:
+    parts = {part: {"file": f"{part}.onnx"} for part in ("vision_encoder", "embed_tokens", "decoder")}
+    content = {"schema": EXPORT_SCHEMA, "parts": parts, "files": file_table(folder), **changes}
+    write_json(folder / EXPORT_FILE, content)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# export: the model
+
+
+def test_missing_model_folder(tmp_path: Path, chats: Path, out: Path, error_of: Check, nothing_written) -> None:
+    line = error_of("export", tmp_path / "absent", out, "--calib", chats, "--calib-samples", 2)
+    assert "expected a folder or a hub id" in line
+    assert "absent" in line
+    nothing_written()
+
+
+def test_model_folder_without_config(tmp_path: Path, chats: Path, out: Path, error_of: Check, nothing_written) -> None:
+    (tmp_path / "empty").mkdir()
+    line = error_of("export", tmp_path / "empty", out, "--calib", chats, "--calib-samples", 2)
+    assert "expected a folder with config.json, got none" in line
+    nothing_written()
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "null", "[]", '"llava"'])
+def test_damaged_model_config(
+    text: str, model: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    (model / "config.json").write_text(text)
+    line = error_of("export", model, out, "--calib", chats, "--calib-samples", 2)
+    assert "expected JSON with model_type" in line
+    nothing_written()
+
+
+def test_unknown_model_type_lists_the_supported(
+    model: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    (model / "config.json").write_text('{"model_type": "resnet"}')
+    line = error_of("export", model, out, "--calib", chats, "--calib-samples", 2)
+    assert "'resnet': expected one of llava" in line
+    nothing_written()
+
+
+def test_checkpoint_without_weights(model: Path, chats: Path, out: Path, error_of: Check, nothing_written) -> None:
+    line = error_of("export", model, out, "--calib", chats, "--calib-samples", 2)
+    assert "expected a loadable checkpoint" in line
+    nothing_written()
+
+
+def test_checkpoint_with_missing_weights(
+    checkpoint: Path, tmp_path: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "partial"
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    lost = [name for name in weights if "down_proj" in name]
+    save_file({n: t for n, t in weights.items() if n not in lost}, folder / "model.safetensors", {"format": "pt"})
+    line = error_of("export", folder, out, "--calib", chats, "--calib-samples", 2)
+    assert f"{len(lost)} are missing" in line
+    assert "down_proj" in line
+    nothing_written()
+
+
+def test_truncated_checkpoint(
+    checkpoint: Path, tmp_path: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    folder = tmp_path / "truncated"
+    shutil.copytree(checkpoint, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    line = error_of("export", folder, out, "--calib", chats, "--calib-samples", 2)
+    assert "expected a loadable checkpoint" in line
+    nothing_written()
+
+
+# export: settings
+
+
+def test_unknown_scheme_is_a_usage_error_that_lists_the_known(model: Path, out: Path, nothing_written) -> None:
+    result = CliRunner().invoke(main, ["export", str(model), str(out), "--scheme", "W5A5"])
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert all(f"'{scheme}'" in result.stderr for scheme in [*PRESETS, "none"])
+    nothing_written()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scheme: mine\nbits: 4\n", "missing key 'activation_bits'"),
+        ("scheme: mine\nbits: 4\nactivation_bits: 8\nbitz: 3\n", "unknown key 'bitz'; known keys: scheme, bits"),
+        ("scheme: mine\nbits: 5\nactivation_bits: 8\n", "bits: expected one of (2, 3, 4, 8), got 5"),
+        ("- 4\n", "expected a mapping"),
+        ("a: [\n", "expected a readable YAML file"),
+    ],
+)
+def test_bad_recipe(
+    text: str, message: str, model: Path, chats: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert message in error_of("export", model, out, "--calib", chats, "--recipe", recipe)
+    nothing_written()
+
+
+def test_missing_recipe(model: Path, chats: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written) -> None:
+    line = error_of("export", model, out, "--calib", chats, "--recipe", tmp_path / "none.yaml")
+    assert "none.yaml" in line
+    nothing_written()
+
+
+# export: calibration data
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_calibration_samples_asked(
+    count: int, model: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    line = error_of("export", model, out, "--calib", chats, "--calib-samples", count)
+    assert f"expected at least 1 sample, got --calib-samples {count}" in line
+    nothing_written()
+
+
+def test_calibration_folder_that_is_neither_folder_nor_task(
+    model: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    line = error_of("export", model, out, "--calib", "nowhere")
+    assert "expected a folder or a built-in task (easyvqa)" in line
+    nothing_written()
+
+
+@pytest.mark.parametrize("content", [{}, {"a.png": b"x"}, {"a.json": b"[]"}, {"a.jsonl": b"", "b.jsonl": b""}])
+def test_calibration_folder_without_its_one_jsonl(
+    content: dict[str, bytes], model: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written
+) -> None:
+    folder = tmp_path / "calibration"
+    folder.mkdir()
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    assert "expected one .jsonl file of chats, got" in error_of("export", model, out, "--calib", folder)
+    nothing_written()
+
+
+@pytest.mark.parametrize("text", ["", "\n\n  \n"])
+def test_calibration_file_without_a_chat(
+    text: str, model: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written
+) -> None:
+    folder = tmp_path / "calibration"
+    folder.mkdir()
+    (folder / "chats.jsonl").write_text(text)
+    assert "expected at least one chat, got none" in error_of("export", model, out, "--calib", folder)
+    nothing_written()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "5",
+        "null",
+        "{}",
+        '{"messages": 5}',
+        '{"messages": ["hello"]}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"content": "hello"}]}',
+        '{"messages": [{"role": "user", "content": 5}]}',
+        '{"messages": [{"role": "user", "content": ["hello"]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]}',
+    ],
+)
+def test_line_that_is_no_chat_is_named_by_its_number(
+    line: str, model: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written
+) -> None:
+    folder = write_chats(tmp_path / "calibration", 2)
+    with (folder / "chats.jsonl").open("a") as file:
+        file.write(line + "\n")
+    message = error_of("export", model, out, "--calib", folder)
+    assert "calibration data chats.jsonl:3: expected" in message
+    nothing_written()
+
+
+def test_calibration_file_that_is_no_utf8(
+    model: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written
+) -> None:
+    folder = write_chats(tmp_path / "calibration", 1)
+    (folder / "chats.jsonl").write_bytes(b'{"messages": "\xff\xfe"}\n')
+    assert "chats.jsonl" in error_of("export", model, out, "--calib", folder)
+    nothing_written()
+
+
+def test_missing_image_of_a_chat_is_named_with_its_line(
+    model: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written
+) -> None:
+    folder = write_chats(tmp_path / "calibration", 2)
+    (folder / "1.png").unlink()
+    message = error_of("export", model, out, "--calib", folder)
+    assert "chats.jsonl:2: expected image" in message
+    assert "1.png" in message
+    nothing_written()
+
+
+def test_unreadable_image_of_a_chat_is_named_with_its_line(
+    checkpoint: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written
+) -> None:
+    folder = write_chats(tmp_path / "calibration", 2)
+    (folder / "1.png").write_bytes(b"no picture")
+    message = error_of("export", checkpoint, out, "--calib", folder, "--calib-samples", 2)
+    assert "chats.jsonl:2: the processor refused the sample" in message
+    nothing_written()
+
+
+def test_calibration_without_an_image(
+    checkpoint: Path, out: Path, tmp_path: Path, error_of: Check, nothing_written
+) -> None:
+    folder = tmp_path / "calibration"
+    folder.mkdir()
+    (folder / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
+    message = error_of("export", checkpoint, out, "--calib", folder, "--calib-samples", 1)
+    assert "expected at least one sample with an image" in message
+    nothing_written()
+
+
+# export: OUT
+
+
+def test_existing_folder_with_files_needs_force(model: Path, chats: Path, tmp_path: Path, error_of: Check) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    assert "use --force" in error_of("export", model, out, "--calib", chats)
+    assert "no export.json" in error_of("export", model, out, "--calib", chats, "--force")
+    assert listing(out) == {"mine.txt": b"mine"}
+
+
+def test_failed_export_with_force_keeps_the_earlier_one(
+    exported: Path, model: Path, chats: Path, error_of: Check
+) -> None:
+    before = listing(exported)
+    error_of("export", model, exported, "--calib", chats, "--calib-samples", 2, "--force")
+    assert listing(exported) == before
+    assert [path.name for path in exported.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_out_that_is_a_file(model: Path, chats: Path, tmp_path: Path, error_of: Check) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "expected a folder, got a file" in error_of("export", model, tmp_path / "out", "--calib", chats)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", ["out", "deep/out"])
+def test_out_inside_the_model_folder(inside: str, checkpoint: Path, chats: Path, error_of: Check) -> None:
+    before = sorted(checkpoint.rglob("*"))
+    line = error_of("export", checkpoint, checkpoint / inside, "--calib", chats, "--calib-samples", 2)
+    assert "expected a folder outside the model's" in line
+    assert sorted(checkpoint.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SplitQError, 2)])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_stop_while_the_graphs_are_written_leaves_nothing_new(
+    error: type[BaseException],
+    code: int,
+    earlier: bool,
+    checkpoint: Path,
+    chats: Path,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from splitq_edge.commands import export
+
+    def stop(_loaded: object, _quantized: object, _request: object, folder: Path) -> None:
+        (folder / "decoder.onnx").write_bytes(b"half of it")
+        raise error("stop")
+
+    monkeypatch.setattr(export, "write_export", stop)
+    place = exported.parent
+    before = listing(place)
+    target = exported if earlier else place / "new"
+    options = ["--calib", str(chats), "--calib-samples", "2", "--scheme", "none", "--force"]
+    result = CliRunner().invoke(main, ["export", str(checkpoint), str(target), *options])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert listing(place) == before
+    assert [path.name for path in place.iterdir()] == ["exported"]
+
+
+# run, verify, eval: the exported folder
+
+COMMANDS = [("run", "--prompt", "hello"), ("verify",), ("eval", "--limit", "2", "--backend", "ort-functions")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_missing_exported_folder(command: tuple[str, ...], tmp_path: Path, error_of: Check) -> None:
+    name, *options = command
+    assert "expected a folder, found none" in error_of(name, tmp_path / "absent", *options)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_folder_without_manifest(command: tuple[str, ...], exported: Path, error_of: Check) -> None:
+    (exported / EXPORT_FILE).unlink()
+    name, *options = command
+    assert "expected export.json, found none" in error_of(name, exported, *options)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_newer_schema(command: tuple[str, ...], exported: Path, error_of: Check) -> None:
+    write_manifest(exported, schema=EXPORT_SCHEMA + 1)
+    name, *options = command
+    line = error_of(name, exported, *options)
+    assert f"expected schema {EXPORT_SCHEMA} or older, got {EXPORT_SCHEMA + 1}; upgrade splitq-edge" in line
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_truncated_file_of_the_export(command: tuple[str, ...], exported: Path, error_of: Check) -> None:
+    (exported / "decoder.onnx").write_bytes(b"gra")
+    name, *options = command
+    line = error_of(name, exported, *options)
+    assert "decoder.onnx: expected 16 bytes, got 3" in line
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_missing_file_of_the_export(command: tuple[str, ...], exported: Path, error_of: Check) -> None:
+    (exported / "embed_tokens.onnx").unlink()
+    name, *options = command
+    assert "embed_tokens.onnx: expected a file of" in error_of(name, exported, *options)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize("content", [{"files": []}, {"files": {"decoder.onnx": 16}}])
+def test_manifest_of_another_form(
+    content: dict[str, object], command: tuple[str, ...], exported: Path, error_of: Check
+) -> None:
+    write_manifest(exported, **content)
+    name, *options = command
+    assert "export the model again" in error_of(name, exported, *options)
+
+
+def test_graph_that_onnxruntime_cannot_load(exported: Path, checkpoint: Path, error_of: Check) -> None:
+    for path in checkpoint.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, exported / path.name)
+    write_manifest(exported, image_tokens=16, hidden_size=96, image_token_id=3, eos_token_ids=[2], pad_token_id=0)
+    line = error_of("run", exported, "--prompt", "hello", "--functions")
+    assert "ONNX Runtime cannot load it" in line
+
+
+def test_folder_without_processor_cannot_answer(exported: Path, error_of: Check) -> None:
+    assert "processor" in error_of("run", exported, "--prompt", "hello", "--functions")
+
+
+def test_changed_file_of_the_same_size_is_found_by_verify(exported: Path, error_of: Check) -> None:
+    (exported / "decoder.onnx").write_bytes(b"GRAPH of decoder")
+    line = error_of("verify", exported, "--functions")
+    assert "decoder.onnx: expected sha256" in line
+
+
+def test_export_without_parity_samples_cannot_be_verified(exported: Path, error_of: Check) -> None:
+    assert "parity.npz: expected the parity samples" in error_of("verify", exported, "--functions")
+
+
+# run: pictures and prompt
+
+
+def test_missing_image_for_run(exported: Path, tmp_path: Path, error_of: Check) -> None:
+    line = error_of("run", exported, "--prompt", "hello", "--image", tmp_path / "absent.png")
+    assert "absent.png: expected a file, found none" in line
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "half"])
+def test_unreadable_image_for_run(damage: str, exported: Path, tmp_path: Path, error_of: Check) -> None:
+    path = write_image(tmp_path / "bad.png")
+    content = {"text": b"no picture", "empty": b"", "half": path.read_bytes()[:2000]}
+    path.write_bytes(content[damage])
+    line = error_of("run", exported, "--prompt", "hello", "--image", path)
+    assert "bad.png: expected a readable picture" in line
+
+
+def test_folder_given_as_image(exported: Path, tmp_path: Path, error_of: Check) -> None:
+    assert "expected a readable picture" in error_of("run", exported, "--prompt", "hello", "--image", tmp_path)
+
+
+def test_run_without_prompt_is_a_usage_error(exported: Path) -> None:
+    result = CliRunner().invoke(main, ["run", str(exported)])
+    assert result.exit_code == 2
+    assert "--prompt" in result.stderr
+
+
+# eval
+
+
+def test_unknown_task_lists_the_known(exported: Path, error_of: Check) -> None:
+    line = error_of("eval", exported, "--task", "mmmu")
+    assert "task 'mmmu': expected one of easyvqa" in line
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_limit_below_one(limit: int, exported: Path, error_of: Check, tmp_path: Path) -> None:
+    line = error_of("eval", exported, "--limit", limit, "--json", tmp_path / "result.json")
+    assert f"expected --limit of 1 or more, got {limit}" in line
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_exported_folder_given_to_the_torch_backend(exported: Path, error_of: Check) -> None:
+    assert "expected a checkpoint" in error_of("eval", exported, "--backend", "torch", "--limit", 2)
+
+
+def test_checkpoint_given_to_the_onnxruntime_backend(checkpoint: Path, error_of: Check) -> None:
+    assert "expected export.json, found none" in error_of(
+        "eval", checkpoint, "--backend", "ort-functions", "--limit", 2
+    )
+
+
+# the form of the failure itself
+
+
+def test_debug_shows_the_traceback(exported: Path) -> None:
+    result = CliRunner().invoke(main, ["--debug", "verify", str(exported / "absent")])
+    assert type(result.exception).__name__ == "SplitQError"
+
+
+def test_real_process_exits_with_two_and_one_line(exported: Path, tmp_path: Path) -> None:
+    (exported / EXPORT_FILE).write_text(json.dumps({"schema": 99, "files": {}}))
+    command = [sys.executable, "-m", "splitq_edge.cli", "verify", str(exported)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
