@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -76,7 +77,7 @@ def _answers(console: Console, model: str, folder: Path, *, native: bool) -> boo
     if native:
         engines[f"ORT {SCHEME} native"] = OrtBackend(folder, native=True)
     answers = {name: answer_all(backend, chosen) for name, backend in engines.items()}
-    table = Table(title="Three held-out questions")
+    table = Table(title="Three held-out questions", box=box.SIMPLE, title_justify="left")
     for name in ("image", "question", "right answer", *answers):
         table.add_column(name)
     for index, question in enumerate(chosen):
@@ -94,7 +95,7 @@ def _table(console: Console, model: str, float_folder: Path, folder: Path, *, na
     rows.append(
         (f"ORT {SCHEME} native", str(folder), "ort") if native else (f"ORT {SCHEME}", str(folder), "ort-functions")
     )
-    table = Table(title=f"easyvqa-tiny, {limit} held-out questions")
+    table = Table(title=f"easyvqa-tiny, {limit} held-out questions", box=box.SIMPLE, title_justify="left")
     for name in ("engine", "accuracy", "shape", "color", "yes/no", "graphs", "decoder", "effective bits"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     quiet = Console(quiet=True)

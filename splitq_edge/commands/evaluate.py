@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -90,9 +91,9 @@ def _open(options: EvalOptions) -> tuple[Backend, str, float]:
 def result_table(result: dict[str, Any]) -> Table:
     """Accuracy with its standard error, in all and by question type."""
     title = f"{result['model']}, {result['backend']}, {result['scheme']}, {result['effective_bits']:.2f} effective bits"
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
     for name in ("task", "type", "n", "accuracy"):
-        table.add_column(name, justify="right" if name in ("n", "accuracy") else "left")
+        table.add_column(name, justify="right" if name in ("n", "accuracy") else "left", min_width=12)
     for task, values in result["tasks"].items():
         table.add_row(
             task, "all", str(values["n"]), f"{100 * values['accuracy']:.2f} % +- {100 * values['stderr']:.2f}"

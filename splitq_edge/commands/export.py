@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -115,9 +116,10 @@ def _progress(console: Console) -> Progress:
 
 def parity_table(rows: list[ParityRow], *, native: bool) -> Table:
     """The comparison of ONNX Runtime with torch."""
-    table = Table(title=f"ONNX Runtime ({'native kernels' if native else 'function bodies'}) against torch")
+    engine = "native kernels" if native else "function bodies"
+    table = Table(title=f"ONNX Runtime ({engine}) against torch", box=box.SIMPLE, title_justify="left")
     for name in ("part", "output", "max error", "SQNR dB", "asked", "same top-1", ""):
-        table.add_column(name, justify="left" if name in ("part", "output", "") else "right")
+        table.add_column(name, justify="left" if name in ("part", "output", "") else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.part,
