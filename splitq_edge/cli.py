@@ -107,11 +107,10 @@ def _message(error: Exception) -> str:
 @_reports_errors
 def export(out: Path, **options: Any) -> None:
     """Calibrate and quantize MODEL (folder or hub id), write ONNX graphs to the folder OUT and verify them."""
-    from rich.console import Console
-
+    from splitq_edge.commands.console import make_console
     from splitq_edge.commands.export import ExportOptions, run_export
 
-    run_export(ExportOptions(out=out, **options), Console())
+    run_export(ExportOptions(out=out, **options), make_console())
 
 
 @main.command()
@@ -148,11 +147,10 @@ def run(
 @_reports_errors
 def evaluate(**options: Any) -> None:
     """Accuracy of MODEL (checkpoint with --backend torch, else an exported folder) on held-out questions."""
-    from rich.console import Console
-
+    from splitq_edge.commands.console import make_console
     from splitq_edge.commands.evaluate import EvalOptions, run_eval
 
-    run_eval(EvalOptions(**options), Console())
+    run_eval(EvalOptions(**options), make_console())
 
 
 @main.command()

@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from splitq_edge.evaluate.tasks import Question
 
 # The processor's advice about packages that this model does not need would stand between the demo's lines.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -28,8 +32,9 @@ QUESTIONS = 3
 def main(work: Path, limit: int) -> None:
     """Export, answer, measure."""
     from splitq_edge import runtime_ops
+    from splitq_edge.commands.console import make_console
 
-    console = Console()
+    console = make_console()
     model = os.path.relpath(HERE)
     float_folder, folder = work / "easyvqa-tiny-float", work / f"easyvqa-tiny-{SCHEME}"
     _export(console, model, float_folder, "none")
@@ -47,7 +52,8 @@ def main(work: Path, limit: int) -> None:
 def _export(console: Console, model: str, out: Path, scheme: str) -> None:
     from splitq_edge.commands.export import ExportOptions, run_export
 
-    console.print(f"\n$ splitq-edge export {model} {out} --scheme {scheme} --force", style="bold", highlight=False)
+    command = f"splitq-edge export {model} {out} --scheme {scheme} --force"
+    console.print(f"\n$ {command}", style="bold", highlight=False, soft_wrap=True)
     options = ExportOptions(
         model=model,
         out=out,
@@ -69,10 +75,13 @@ def _answers(console: Console, model: str, folder: Path, *, native: bool) -> boo
     from splitq_edge.evaluate.tasks import load_task
 
     questions = load_task("easyvqa", "test")
-    chosen = [next(q for q in questions if q.type == kind) for kind in sorted({q.type for q in questions})][:QUESTIONS]
+    chosen: list[Question] = []
+    for kind in sorted({question.type for question in questions})[:QUESTIONS]:
+        seen = {question.image for question in chosen}
+        chosen.append(next(q for q in questions if q.type == kind and q.image not in seen))
     engines = {
         "torch FP32": TorchBackend(model),
-        f"ORT {SCHEME} function bodies": OrtBackend(folder, native=False),
+        f"ORT {SCHEME} bodies": OrtBackend(folder, native=False),
     }
     if native:
         engines[f"ORT {SCHEME} native"] = OrtBackend(folder, native=True)
@@ -96,8 +105,8 @@ def _table(console: Console, model: str, float_folder: Path, folder: Path, *, na
         (f"ORT {SCHEME} native", str(folder), "ort") if native else (f"ORT {SCHEME}", str(folder), "ort-functions")
     )
     table = Table(title=f"easyvqa-tiny, {limit} held-out questions", box=box.SIMPLE, title_justify="left")
-    for name in ("engine", "accuracy", "shape", "color", "yes/no", "graphs", "decoder", "effective bits"):
-        table.add_column(name, justify="left" if name == "engine" else "right")
+    for name in ("engine", "accuracy", "shape", "color", "yes/no", "all graphs", "decoder", "eff. bits"):
+        table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
     quiet = Console(quiet=True)
     for label, source, backend in rows:
         options = EvalOptions(source, "easyvqa", backend, limit=limit, seed=0, threads=0, json=None)
@@ -105,7 +114,7 @@ def _table(console: Console, model: str, float_folder: Path, folder: Path, *, na
         task = result["tasks"]["easyvqa"]
         kinds = [f"{100 * task['types'][kind]['accuracy']:.1f} %" for kind in ("shape", "color", "yesno")]
         accuracy = f"{100 * task['accuracy']:.2f} % +- {100 * task['stderr']:.2f}"
-        sizes = _sizes(Path(source)) if backend != "torch" else (_megabytes([HERE / "model.safetensors"]), "")
+        sizes = _sizes(Path(source)) if backend != "torch" else ("-", "-")
         table.add_row(label, accuracy, *kinds, *sizes, f"{result['effective_bits']:.2f}")
     console.print(table)
 

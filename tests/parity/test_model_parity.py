@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def graphs() -> dict[tuple[str, ...], ir.Model]:
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def export(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, graphs: dict[tuple[str, ...], ir.Model]
-) -> Iterator[Export]:
+) -> Export:
     scheme, flavour = request.param
     loaded, batches = tiny_loaded(), chat_batches()
     quantized = None
@@ -100,7 +99,7 @@ def export(
     engines = {"functions": ExportedModel(folder, native=False, threads=1)}
     if WITH_NATIVE:
         engines["native"] = ExportedModel(folder, native=True, threads=1)
-    yield Export(scheme, flavour, loaded, quantized, folder, engines)
+    return Export(scheme, flavour, loaded, quantized, folder, engines)
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
@@ -295,9 +294,7 @@ def test_a_prompt_fed_in_pieces_gives_the_logits_of_the_whole(export: Export) ->
         embeds, modality = model.embed(ids.numpy(), features_of(model, pixels))
         cache, pieces = model.empty_cache(len(ids)), []
         for start, end in ((0, 11), (11, 12), (12, ids.shape[1])):
-            logits, cache = model.decode(
-                embeds[:, start:end], modality[:, start:end], mask[:, :end].numpy(), cache
-            )
+            logits, cache = model.decode(embeds[:, start:end], modality[:, start:end], mask[:, :end].numpy(), cache)
             pieces.append(logits)
         assert cache.length == ids.shape[1]
         real = mask.bool().numpy()

@@ -108,9 +108,7 @@ def test_earlier_export_stands_until_the_new_one_is_ready(tmp_path: Path) -> Non
         assert read_export(out)["schema"] == EXPORT_SCHEMA
 
 
-def test_earlier_export_comes_back_when_the_last_rename_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_earlier_export_comes_back_when_the_last_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = make_export(tmp_path / "out")
     rename = Path.rename
 
@@ -126,6 +124,26 @@ def test_earlier_export_comes_back_when_the_last_rename_fails(
             (staging / "new").touch()
 
     with pytest.raises(OSError, match="disk full"):
+        publish()
+    assert names(tmp_path) == ["out"]
+    assert read_export(out)["schema"] == EXPORT_SCHEMA
+
+
+def test_first_rename_that_fails_leaves_the_earlier_export_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make_export(tmp_path / "out")
+
+    def refuse(*_: object) -> None:
+        raise OSError("busy")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+    def publish() -> None:
+        with staged_folder(out, force=True) as staging:
+            (staging / "new").touch()
+
+    with pytest.raises(OSError, match="busy"):
         publish()
     assert names(tmp_path) == ["out"]
     assert read_export(out)["schema"] == EXPORT_SCHEMA

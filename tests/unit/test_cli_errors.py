@@ -106,9 +106,7 @@ def test_model_folder_without_config(tmp_path: Path, chats: Path, out: Path, err
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "null", "[]", '"llava"'])
-def test_damaged_model_config(
-    text: str, model: Path, chats: Path, out: Path, error_of: Check, nothing_written
-) -> None:
+def test_damaged_model_config(text: str, model: Path, chats: Path, out: Path, error_of: Check, nothing_written) -> None:
     (model / "config.json").write_text(text)
     line = error_of("export", model, out, "--calib", chats, "--calib-samples", 2)
     assert "expected JSON with model_type" in line

@@ -60,7 +60,7 @@ def test_presets_are_the_four_of_the_paper_with_its_ratios_and_ranks() -> None:
 
 
 def test_unknown_scheme_names_the_known_ones() -> None:
-    with pytest.raises(SplitQError, match="'W5A5'.*W4A8, W4A4, W3A3, W3A2, none"):
+    with pytest.raises(SplitQError, match=r"'W5A5'.*W4A8, W4A4, W3A3, W3A2, none"):
         preset("W5A5")
 
 
@@ -72,6 +72,26 @@ def test_value_in_range_is_kept(prefix: str, name: str, value: object) -> None:
 @pytest.mark.parametrize(("prefix", "name", "value"), BAD)
 def test_value_out_of_range_is_refused_by_its_name(prefix: str, name: str, value: object) -> None:
     with pytest.raises(SplitQError, match=rf"recipe: {prefix}{name}: expected .*, got .*; change it"):
+        QuantConfig.from_dict(recipe(prefix, name, value))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name", "value"),
+    [
+        ("", "bits", 4.0),
+        ("", "activation_bits", "8"),
+        ("", "activation_symmetric", "no"),
+        ("", "scheme", 5),
+        ("", "split", None),
+        ("", "split", 0.02),
+        ("", "correction", ["cws_ratio"]),
+        ("split.", "ratio", "2%"),
+        ("split.", "clusters", 2.5),
+        ("correction.", "cws_ratio", None),
+    ],
+)
+def test_value_of_another_type_is_refused_by_its_name(prefix: str, name: str, value: object) -> None:
+    with pytest.raises(SplitQError, match=rf"recipe: {prefix}{name}: expected"):
         QuantConfig.from_dict(recipe(prefix, name, value))
 
 

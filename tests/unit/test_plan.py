@@ -47,7 +47,21 @@ def test_every_even_width_is_planned_or_refused_in_one_line(ratio: float) -> Non
     assert planned > 2000
 
 
-@pytest.mark.parametrize("channels", [129, 1001, 4095, 11007])
+@pytest.mark.parametrize("ratio", [0.02, 0.05])
+def test_outlier_groups_have_balanced_factors_too(ratio: float) -> None:
+    # Each outlier group has a transform of its own (eq. 13-14).
+    lopsided = []
+    for channels in range(64, 8193, 2):
+        try:
+            total = outlier_width(channels, ratio)
+        except SplitQError:
+            continue
+        if not (has_balanced_factors(total // 2) and has_balanced_factors(total - total // 2)):
+            lopsided.append((channels, total))
+    assert lopsided == []
+
+
+@pytest.mark.parametrize("channels", [193, 1001, 4095, 11007])
 def test_odd_widths_are_planned_too(channels: int) -> None:
     assert (channels - outlier_width(channels, 0.02)) % MAIN_MULTIPLE == 0
 
@@ -61,9 +75,7 @@ def test_ratio_zero_splits_nothing(channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 32, 48, 63])
-def test_site_too_narrow_to_split_keeps_one_group_and_says_so(
-    channels: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_site_too_narrow_to_split_keeps_one_group_and_says_so(channels: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING"):
         assert outlier_width(channels, 0.02) == 0
     assert f"{channels} input channels is too narrow to split" in caplog.text
