@@ -67,15 +67,15 @@ def read_export(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         schema = content["schema"]
-        files = content["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        files = {name: int(entry["bytes"]) for name, entry in content["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: expected the JSON of an export ({error!r}); export the model again") from error
     if not isinstance(schema, int) or schema > EXPORT_SCHEMA:
         raise ArtifactError(
             f"{path}: expected schema {EXPORT_SCHEMA} or older, got {schema!r}; upgrade splitq-edge to read this export"
         )
-    for name, entry in files.items():
-        check_file(folder, name, entry["bytes"])
+    for name, size in files.items():
+        check_file(folder, name, size)
     return dict(content)
 
 
@@ -139,11 +139,12 @@ def _replace(staging: Path, out: Path) -> None:
         staging.rename(out)
         return
     aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-    out.rename(aside / "old")
     try:
+        out.rename(aside / "old")
         staging.rename(out)
     except BaseException:
-        (aside / "old").rename(out)
+        if (aside / "old").exists():
+            (aside / "old").rename(out)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

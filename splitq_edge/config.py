@@ -13,6 +13,14 @@ BIT_WIDTHS = (2, 3, 4, 8)
 BLOCK_SIZES = (0, 32, 64, 128)
 TRANSFORMS = ("hadamard", "identity")
 
+# What YAML may give for a field's declared type; a bool is no number here.
+PLAIN_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+}
+
 
 def _require(ok: bool, setting: str, expected: str, got: object) -> None:
     if not ok:
@@ -124,7 +132,8 @@ class QuantConfig:
         """
         values = dict(values)
         for key, kind in (("split", SplitConfig), ("correction", CorrectionConfig)):
-            if isinstance(values.get(key), dict):
+            if key in values:
+                _require(isinstance(values[key], dict), key, "a mapping of settings", values[key])
                 values[key] = kind(**_checked_keys(kind, values[key], f"{key}."))
         return cls(**_checked_keys(cls, values, ""))
 
@@ -141,6 +150,10 @@ def _checked_keys(kind: type, values: dict[str, Any], prefix: str) -> dict[str, 
     for key in required:
         if key not in values:
             raise SplitQError(f"recipe: missing key '{prefix}{key}'; add it")
+    for item in dataclasses.fields(kind):
+        if item.name in values and item.type in PLAIN_TYPES:
+            accepted, expected = PLAIN_TYPES[item.type]
+            _require(type(values[item.name]) in accepted, f"{prefix}{item.name}", expected, values[item.name])
     return values
 
 

@@ -104,7 +104,7 @@ def _model_type(source: str, revision: str | None) -> str:
             raise SplitQError(f"model {source}: expected a folder with config.json, got none; give a checkpoint folder")
         try:
             return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise SplitQError(f"{config}: expected JSON with model_type ({_one_line(error)})") from error
     if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise SplitQError(

@@ -79,7 +79,11 @@ def _read_folder(folder: Path) -> list[CalibrationSample]:
     if len(files) != 1:
         raise SplitQError(f"calibration data {folder}: expected one .jsonl file of chats, got {len(files)}")
     samples = []
-    for number, line in enumerate(files[0].read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = files[0].read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SplitQError(f"calibration data {files[0]}: expected a readable UTF-8 file ({error}); mend it") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             samples.append(_parse_line(folder, f"{files[0].name}:{number}", line))
     if not samples:

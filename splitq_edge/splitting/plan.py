@@ -47,13 +47,13 @@ class SplitPlan:
 def outlier_width(channels: int, ratio: float, *, balanced: bool = True) -> int:
     """How many channels both outlier groups take together.
 
-    The main width becomes a multiple of 32 with two near-equal factors; among those, the total nearest to
-    `2 * ratio * channels` wins, multiples of 64 first while they are at most an eighth of the channels.
+    The main width becomes a multiple of 32 and all three widths have two near-equal factors. Among those, the total
+    nearest to `2 * ratio * channels` wins, multiples of 64 first while they are at most an eighth of the channels.
 
     Args:
         channels: K.
         ratio: share a modality.
-        balanced: whether the main width must have balanced factors (needed by the Kronecker transform).
+        balanced: whether the widths must have balanced factors (needed by the Kronecker transform).
 
     Returns:
         The total, 0 for ratio 0 and for sites too narrow to split.
@@ -72,6 +72,8 @@ def outlier_width(channels: int, ratio: float, *, balanced: bool = True) -> int:
         if not balanced or has_balanced_factors(main)
     ]
     totals = [total for total in totals if 2 <= total <= channels // 2]
+    if balanced:
+        totals = [t for t in totals if has_balanced_factors(t // 2) and has_balanced_factors(t - t // 2)]
     if not totals:
         raise SplitQError(
             f"split: expected a main width below {channels} channels that is a multiple of {MAIN_MULTIPLE} with two "

@@ -312,6 +312,23 @@ def test_padding_does_not_change_a_row(export: Export) -> None:
         assert sqnr(together, alone) >= export.limit_db, engine
 
 
+@pytest.mark.parametrize("export", [("none", "portable")], indirect=True, ids="-".join)
+def test_positions_count_real_tokens_only(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rotary positions are relative, so logits do not show it; transformers and other models rely on it.
+    model = export.engines["functions"]
+    run, seen = model.run, []
+
+    def watched(part: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.extend([feeds["position_ids"].tolist()] if part == "decoder" else [])
+        return run(part, feeds)
+
+    monkeypatch.setattr(model, "run", watched)
+    ids, mask = left_padded([[1, 70, 71, 72], [1, 70]])
+    steps = greedy_tokens(model, ids.numpy(), mask.numpy(), model.encode_images(None), max_new_tokens=3)
+    assert len(list(steps)) == 3
+    assert seen == [[[0, 1, 2, 3], [0, 0, 0, 1]], [[4], [2]], [[5], [3]]]
+
+
 def test_image_placeholders_and_images_must_match(export: Export) -> None:
     from splitq_edge.errors import SplitQError
 

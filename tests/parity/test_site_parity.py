@@ -88,7 +88,10 @@ def mixed_mask(*shape: int) -> torch.Tensor:
 
 def group_rows(site: SplitLinear, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Transformed activations of each group that has channels."""
-    parts = dict(zip(GROUPS, x[..., site.order.long()].split(site.widths, -1), strict=True))
+    permuted = x[..., site.order.long()]
+    if site.channel_scale is not None:
+        permuted = permuted * site.channel_scale
+    parts = dict(zip(GROUPS, permuted.split(site.widths, -1), strict=True))
     rows = {}
     for name, group in site.groups.items():
         exact = group.p1 is None or group.p2 is None
@@ -154,6 +157,25 @@ def test_the_bound_notices_one_wrong_code() -> None:
     change = (step * weight.abs().amax(0)).numpy()  # of the channel that counts most
     living = x.abs().amax(-1).numpy() > 0
     assert (change[living] > 3 * rounding_bound(site, x)[living]).all()
+
+
+@pytest.mark.parametrize("setting", ["clip", "channel_scale"])
+@pytest.mark.parametrize("config", [preset("W4A4"), ASYMMETRIC], ids=["symmetric", "asymmetric"])
+def test_clip_and_channel_scale_reach_every_engine(config: QuantConfig, setting: str) -> None:
+    site, _ = random_site(config, widths=EXACT)
+    x, mask = whole_numbers(2, 5, 288), mixed_mask(2, 5)
+    with site.context.using(mask):
+        plain = site(x).numpy()
+        if setting == "clip":
+            clips = {"main": 0.75, "text": 0.5, "vision": 0.625}
+            site.groups = {name: dataclasses.replace(group, clip=clips[name]) for name, group in site.groups.items()}
+        else:
+            site.channel_scale = 2.0 ** torch.randint(-2, 3, (288,), generator=rng(4)).float()
+        expected = site(x).numpy()
+    assert (np.abs(plain - expected).max(-1)[:, :-1] > 0.01).all()
+    for engine, run in ENGINES.items():
+        (y,) = run(site_model(site, packed=False), {"x": x.numpy(), "modality": mask.numpy()})
+        assert (np.abs(y - expected) <= rounding_bound(site, x)).all(), engine
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["portable", "packed"])

@@ -48,10 +48,11 @@ def test_asymmetric_rows_by_hand() -> None:
     # Row 1: hi 3, lo -6 -> scale 3, zero = round(2) = 2; round(a / 3) = [1, -2, 0, 0] + 2 = [3, 0, 2, 2], - 2.
     # Row 2: all positive, lo = 0 -> scale 1, zero 0: codes are the values.
     # Row 3: all negative, hi = 0 -> scale 1, zero 3: codes -3..0.
-    x = torch.tensor([[5.0, -1.0, 3.0, 0.0], [3.0, -6.0, 1.0, -1.0], [1.0, 2.0, 3.0, 0.0], [-3.0, -2.0, -1.0, 0.0]])
-    codes, scale = quantize_rows(x, 2, symmetric=False)
-    assert scale.flatten().tolist() == [2.0, 3.0, 1.0, 1.0]
-    assert codes.tolist() == [[2, 0, 2, 0], [1, -2, 0, 0], [1, 2, 3, 0], [-3, -2, -1, 0]]
+    # Row 4: hi 1.25, lo -1.75 -> scale 1, zero = round(1.75) = 2; round(a) = [1, -2, 0, 1] + 2 = [3, 0, 2, 3], - 2.
+    rows = [[5, -1, 3, 0], [3, -6, 1, -1], [1, 2, 3, 0], [-3, -2, -1, 0], [1.25, -1.75, 0.5, 0.75]]
+    codes, scale = quantize_rows(torch.tensor(rows), 2, symmetric=False)
+    assert scale.flatten().tolist() == [2.0, 3.0, 1.0, 1.0, 1.0]
+    assert codes.tolist() == [[2, 0, 2, 0], [1, -2, 0, 0], [1, 2, 3, 0], [-3, -2, -1, 0], [1, -2, 0, 1]]
 
 
 def test_asymmetric_clip_by_hand() -> None:

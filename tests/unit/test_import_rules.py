@@ -10,18 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from splitq_edge import config, exporters, runtime_ops
+from splitq_edge import config
+from splitq_edge.exporters import specs
+from splitq_edge.runtime_ops import packing
 
 CORE = Path(config.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"}
 
 
 def _modules() -> dict[str, Path]:
-    """Every module of the package by dotted name; in a checkout exporters and runtime_ops are siblings."""
+    """Every module of the package by dotted name; in a checkout exporters and runtime_ops are siblings.
+
+    Their folders come from a module's file: an editable install puts other folders into `__path__`.
+    """
     roots = {
         "splitq_edge": CORE,
-        "splitq_edge.exporters": Path(exporters.__path__[0]),
-        "splitq_edge.runtime_ops": Path(runtime_ops.__path__[0]),
+        "splitq_edge.exporters": Path(specs.__file__).parent,
+        "splitq_edge.runtime_ops": Path(packing.__file__).parent,
     }
     found: dict[str, Path] = {}
     for package, root in roots.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,14 @@ CONFIGS: dict[str, tuple[QuantConfig, tuple[int, int, int]]] = {
 }
 
 
-def plain_quantize(row: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.float32]:
+def plain_quantize(row: np.ndarray, bits: int, symmetric: bool, clip: float = 1) -> tuple[np.ndarray, np.float32]:
     """docs/ops.md, one token: row [K] float32 -> int64 codes [K] and scale."""
     if symmetric:
         high = 2 ** (bits - 1) - 1
-        scale = max(F32(np.abs(row).max(initial=0)) / F32(high), F32(1e-12))
+        scale = max(F32(np.abs(row).max(initial=0)) * F32(clip) / F32(high), F32(1e-12))
         return np.clip(np.rint(row * (F32(1) / scale)), -high - 1, high).astype(np.int64), scale
     levels = 2**bits - 1
-    high, low = max(row.max(), F32(0)), min(row.min(), F32(0))
+    high, low = max(row.max(), F32(0)) * F32(clip), min(row.min(), F32(0)) * F32(clip)
     scale = max((high - low) / F32(levels), F32(1e-12))
     inverse = F32(1) / scale
     zero = np.clip(np.rint(-low * inverse), 0, levels)
@@ -71,7 +72,7 @@ def algorithm_1(site: SplitLinear, row: np.ndarray, *, text: bool) -> tuple[np.n
             product = np.kron(group.p1.numpy().astype(np.float64), group.p2.numpy().astype(np.float64))
             values = (values.astype(np.float64) @ product).astype(F32)
         symmetric = name != "main" or site.activation_symmetric
-        codes, scale = plain_quantize(values, group.activation_bits, symmetric)
+        codes, scale = plain_quantize(values, group.activation_bits, symmetric, group.clip)
         if name == "main":
             main_values, main_codes, main_scale = values, codes, scale
         for k in range(width):
@@ -142,6 +143,19 @@ def test_site_equals_a_plain_computation_of_algorithm_1(name: str) -> None:
             expected, magnitude = algorithm_1(site, x[batch, token].numpy(), text=text)
             bound = 40 * EPS * (magnitude + np.abs(expected)) + 1e-7
             assert (np.abs(got[batch, token] - expected) <= bound).all(), (batch, token)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipped_site_equals_the_plain_computation_too(symmetric: bool) -> None:
+    config = dataclasses.replace(preset("W3A2"), activation_symmetric=symmetric)
+    site, _ = random_site(config, widths=EXACT)
+    clips = {"main": 0.75, "text": 0.5, "vision": 0.625}
+    site.groups = {name: dataclasses.replace(group, clip=clips[name]) for name, group in site.groups.items()}
+    x, mask = whole_numbers(1, 6, 288), mixed_mask(1, 6)
+    got = run(site, x, mask).double().numpy()
+    for token in range(6):
+        expected, magnitude = algorithm_1(site, x[0, token].numpy(), text=int(mask[0, token]) == 0)
+        assert (np.abs(got[0, token] - expected) <= 40 * EPS * (magnitude + np.abs(expected)) + 1e-7).all(), token
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -371,6 +385,17 @@ def test_a_part_that_is_called_twice_computes_again() -> None:
     site.groups["main"].scale.mul_(2)
     torch.testing.assert_close(parts["gate"](x), site(x)[..., :16])
     assert len(runs) == 3
+
+
+def test_activation_and_result_are_released_after_the_last_part() -> None:
+    site, _ = random_site(no_split(), widths=(64, 0, 0), outputs=(16, 8))
+    parts, _ = parts_of(site, gate=16, up=8)
+    x = torch.randn(2, 64, generator=rng())
+    held = weakref.ref(x)
+    for part in parts.values():
+        part(x)
+    del x
+    assert held() is None
 
 
 def test_another_activation_is_never_answered_with_the_last_one() -> None:
