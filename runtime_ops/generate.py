@@ -41,7 +41,9 @@ def greedy_tokens(
     no_images = image_features[:0]
     for step in range(max_new_tokens):
         logits, cache = model.decode(embeds, modality, mask, cache)
-        tokens = np.where(done, pad, logits[:, -1].argmax(-1))
+        last = logits[:, -1].copy()
+        last[:, model.manifest["image_token_id"]] = -np.inf  # a placeholder without an image has no meaning
+        tokens = np.where(done, pad, last.argmax(-1))
         yield tokens
         done |= np.isin(tokens, eos)
         if done.all() or step + 1 == max_new_tokens:
@@ -103,6 +105,8 @@ class Generator:
                 continue
             yield text[len(shown) :]
             shown = text
+        if tokens:
+            yield self.processor.decode(tokens, skip_special_tokens=True).lstrip()[len(shown) :]
 
     def answer(self, prompt: str, images: list[Any], *, max_new_tokens: int = 64) -> str:
         """The whole greedy answer."""

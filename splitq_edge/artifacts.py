@@ -19,8 +19,12 @@ EXPORT_FILE = "export.json"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader never sees half of it (temporary file, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON so that a reader never sees half of it (temporary file, then rename).
+
+    Raises:
+        SplitQError: the place cannot be written.
+    """
+    check_writable(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -31,6 +35,21 @@ def write_json(path: Path, content: Any) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Make the file's folder and check that the file can be written there; called before long work.
+
+    Raises:
+        SplitQError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = not path.is_dir() and os.access(path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise SplitQError(f"{path}: expected a file name in a writable folder; choose another")
 
 
 def sha256_of(path: Path) -> str:

@@ -69,6 +69,8 @@ def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 def _message(error: Exception) -> str:
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]
+        if package == "splitq_edge":
+            return f"{error.name}: expected an installed splitq-edge, got the bare checkout; run: pip install -e ."
         if package not in EXTRAS:
             raise error
         return f"this command needs the package {package}; run: pip install 'splitq-edge[{EXTRAS[package]}]'"

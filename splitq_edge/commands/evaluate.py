@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from splitq_edge.artifacts import EXPORT_FILE, write_json
+from splitq_edge.artifacts import EXPORT_FILE, check_writable, write_json
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.backends import Backend, OrtBackend, TorchBackend, answer_all
 from splitq_edge.evaluate.tasks import Question, accuracy_table, load_task
@@ -39,6 +39,8 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     Raises:
         SplitQError: model, task, backend or limit is not usable.
     """
+    if options.json is not None:
+        check_writable(options.json)
     questions = pick(load_task(options.task, "test"), options.limit, options.seed)
     backend, scheme, bits = _open(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

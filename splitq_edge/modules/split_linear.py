@@ -206,7 +206,7 @@ class SitePart(nn.Module):
     """One of the linears of a site: a slice of the site's output.
 
     The first part to be called computes the site, the others take their slice of the same result; each result is
-    handed out once a part and then forgotten, so that changed weights are never answered from memory.
+    handed out once a part and then forgotten. Change weights between two passes of the model, not within one.
     """
 
     def __init__(self, site: SplitLinear, part: str, start: int, width: int) -> None:
