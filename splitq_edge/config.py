@@ -78,6 +78,35 @@ class CorrectionConfig:
 
 
 @dataclass(frozen=True)
+class LearningConfig:
+    """Block-wise reconstruction (paper eq. 3, 20-21): what is learned and how long.
+
+    Attributes:
+        epochs: passes over the calibration samples for each block; 0 keeps the closed-form start.
+        batch: samples a step.
+        transform_lr: peak learning rate of P and the channel scale.
+        clip_lr: of the weight and activation clips.
+        gate_lr: of the CWS and MAC gates.
+        propagate: what a block receives while it is learned: "float" (the float model's activations) or "quantized"
+            (those of the blocks already quantized).
+    """
+
+    epochs: int = 15
+    batch: int = 4
+    transform_lr: float = 5e-3
+    clip_lr: float = 5e-2
+    gate_lr: float = 2e-2
+    propagate: str = "float"
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.epochs <= 1000, "learning.epochs", "0 to 1000", self.epochs)
+        _require(1 <= self.batch <= 256, "learning.batch", "1 to 256", self.batch)
+        for name in ("transform_lr", "clip_lr", "gate_lr"):
+            _require(0 <= getattr(self, name) <= 1, f"learning.{name}", "0 to 1", getattr(self, name))
+        _require(self.propagate in ("float", "quantized"), "learning.propagate", "float or quantized", self.propagate)
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """One scheme for the language model's linears.
 
@@ -91,6 +120,7 @@ class QuantConfig:
             "identity".
         split: channel split.
         correction: low-rank branches.
+        learning: block-wise reconstruction.
     """
 
     scheme: str
@@ -101,6 +131,7 @@ class QuantConfig:
     transform: str = "hadamard"
     split: SplitConfig = field(default_factory=SplitConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    learning: LearningConfig = field(default_factory=LearningConfig)
 
     def __post_init__(self) -> None:
         _require(self.bits in BIT_WIDTHS, "bits", f"one of {BIT_WIDTHS}", self.bits)
@@ -131,7 +162,7 @@ class QuantConfig:
             SplitQError: an unknown key (the message lists the known ones) or a value out of range.
         """
         values = dict(values)
-        for key, kind in (("split", SplitConfig), ("correction", CorrectionConfig)):
+        for key, kind in (("split", SplitConfig), ("correction", CorrectionConfig), ("learning", LearningConfig)):
             if key in values:
                 _require(isinstance(values[key], dict), key, "a mapping of settings", values[key])
                 values[key] = kind(**_checked_keys(kind, values[key], f"{key}."))

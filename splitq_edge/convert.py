@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from splitq_edge.calibration.observer import SiteStats
 from splitq_edge.config import QuantConfig
-from splitq_edge.correction.low_rank import LowRank, rank_of, svd_anchor
 from splitq_edge.errors import SplitQError
+from splitq_edge.learning.reconstruct import BlockBatch, BlockResult, block_output, learn_block
+from splitq_edge.learning.site import TrainableSite
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext
-from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear, site_parts
-from splitq_edge.quant.affine import quantize_weight
-from splitq_edge.quant.transforms import factor_pair, invert_into_weight, orthogonal_start
+from splitq_edge.modules.split_linear import SplitLinear, site_parts
 from splitq_edge.splitting.plan import SplitPlan, plan_split
 
 
@@ -29,46 +29,116 @@ class QuantizedModel:
         config: the recipe.
         sites: quantized sites by name, in the order of the blocks.
         plans: their split plans.
+        blocks: what learning did for each block, empty when nothing was learned.
     """
 
     loaded: LoadedModel
     config: QuantConfig
     sites: dict[str, SplitLinear]
     plans: dict[str, SplitPlan]
+    blocks: dict[int, BlockResult]
 
 
 def quantize_model(
     loaded: LoadedModel,
     config: QuantConfig,
     stats: dict[str, SiteStats],
+    batches: Sequence[BlockBatch],
     *,
+    seed: int = 0,
     progress: Callable[[], None] | None = None,
 ) -> QuantizedModel:
-    """Replace every linear of the language blocks by its part of a `SplitLinear`.
+    """Replace every linear of the language blocks by its part of a `SplitLinear`, block by block.
 
     Args:
         loaded: float model; changed in place.
         config: the recipe.
         stats: calibration statistics by site name.
-        progress: called after every site.
+        batches: what the first block receives, see `first_block_batches`; needed only when something is learned.
+        seed: order of the batches while learning.
+        progress: called after every epoch of every block, or after every block when nothing is learned.
 
     Raises:
-        SplitQError: a site without statistics, a weight that is not finite, a width that cannot be planned.
+        SplitQError: a site without statistics, a weight that is not finite, a width that cannot be planned, nothing to
+            learn from.
     """
-    sites: dict[str, SplitLinear] = {}
-    plans: dict[str, SplitPlan] = {}
+    if config.learning.epochs and not batches:
+        raise SplitQError("learning: expected calibration batches, got none; give samples or set learning.epochs to 0")
+    generator = torch.Generator().manual_seed(seed)
+    quantized = QuantizedModel(loaded, config, {}, {}, {})
+    float_batches = quantized_batches = list(batches)
     for index, block in enumerate(loaded.language_blocks()):
-        for site in loaded.adapter.language_block:
-            name = loaded.adapter.site_name(index, site)
-            linears = {path: _linear(block, path, name) for path in site.linears}
-            plans[name] = plan_split(stats[name], config.split, balanced=config.transform != "identity")
-            sites[name] = quantize_site(name, list(linears.values()), plans[name], config, loaded.context)
-            widths = {path: linear.out_features for path, linear in linears.items()}
-            for path, part in site_parts(sites[name], widths).items():
-                block.set_submodule(path, part)
-            if progress is not None:
-                progress()
-    return QuantizedModel(loaded, config, sites, plans)
+        trainable = _place_sites(quantized, stats, index, block)
+        if config.learning.epochs:
+            # The float block is rebuilt from the trainable sites' own float weights, so no second copy is kept.
+            targets = _outputs(block, trainable, float_batches, loaded.context)
+            inputs = quantized_batches if config.learning.propagate == "quantized" else float_batches
+            quantized.blocks[index] = learn_block(
+                block,
+                list(trainable.values()),
+                inputs,
+                targets,
+                config.learning,
+                loaded.context,
+                generator,
+                progress=progress,
+            )
+        _freeze_sites(quantized, index, block, trainable)
+        if config.learning.epochs:
+            float_batches = [replace(batch, hidden=y) for batch, y in zip(float_batches, targets, strict=True)]
+            if config.learning.propagate == "quantized":
+                with torch.no_grad():
+                    quantized_batches = [
+                        replace(batch, hidden=block_output(block, batch, loaded.context)) for batch in quantized_batches
+                    ]
+        elif progress is not None:
+            progress()
+    return quantized
+
+
+@torch.no_grad()
+def _outputs(
+    block: nn.Module, sites: dict[str, TrainableSite], batches: Sequence[BlockBatch], context: ModalityContext
+) -> list[torch.Tensor]:
+    """Outputs of the float block."""
+    for site in sites.values():
+        site.float_only = True
+    outputs = [block_output(block, batch, context) for batch in batches]
+    for site in sites.values():
+        site.float_only = False
+    return outputs
+
+
+def _place_sites(
+    quantized: QuantizedModel, stats: dict[str, SiteStats], index: int, block: nn.Module
+) -> dict[str, TrainableSite]:
+    """Put trainable sites in place of the block's linears."""
+    loaded, config = quantized.loaded, quantized.config
+    trainable: dict[str, TrainableSite] = {}
+    for site in loaded.adapter.language_block:
+        name = loaded.adapter.site_name(index, site)
+        linears = {path: _linear(block, path, name) for path in site.linears}
+        plan = plan_split(stats[name], config.split, balanced=config.transform != "identity")
+        absmax = torch.maximum(stats[name].vision_absmax, stats[name].text_absmax) if config.learning.epochs else None
+        trainable[name] = TrainableSite(name, list(linears.values()), plan, config, loaded.context, absmax)
+        quantized.plans[name] = plan
+        _replace_linears(block, trainable[name], {path: linear.out_features for path, linear in linears.items()})
+    return trainable
+
+
+def _freeze_sites(quantized: QuantizedModel, index: int, block: nn.Module, trainable: dict[str, TrainableSite]) -> None:
+    """Put the quantized sites in place of the trainable ones."""
+    for site in quantized.loaded.adapter.language_block:
+        name = quantized.loaded.adapter.site_name(index, site)
+        parts: dict[str, Any] = {path: block.get_submodule(path) for path in site.linears}
+        widths = {path: int(part.width) for path, part in parts.items()}
+        quantized.sites[name] = trainable[name].freeze()
+        _replace_linears(block, quantized.sites[name], widths)
+
+
+def _replace_linears(block: nn.Module, site: nn.Module, widths: dict[str, int]) -> None:
+    for path, part in site_parts(site, widths).items():
+        block.set_submodule(path, part)
 
 
 def _linear(block: nn.Module, path: str, site: str) -> nn.Linear:
@@ -78,81 +148,6 @@ def _linear(block: nn.Module, path: str, site: str) -> nn.Linear:
     if not torch.isfinite(module.weight).all():
         raise SplitQError(f"{site}: expected finite weights in {path}, got NaN or infinity; check the checkpoint")
     return module
-
-
-def quantize_site(
-    name: str, linears: list[nn.Linear], plan: SplitPlan, config: QuantConfig, context: ModalityContext
-) -> SplitLinear:
-    """Quantize the linears of one site together.
-
-    Args:
-        name: site name.
-        linears: the linears that read the site's activation, weights [N_i, K].
-        plan: channel groups.
-        config: the recipe.
-        context: modality of the running pass.
-    """
-    weight = torch.cat([linear.weight.detach().float() for linear in linears]).T.contiguous()  # [K, N]
-    groups: dict[str, GroupWeights] = {}
-    correction: Correction | None = None
-    split = config.split
-    for group, channels in (("main", plan.main), ("text", plan.text), ("vision", plan.vision)):
-        if not channels.numel():
-            continue
-        part = weight[channels]
-        p1, p2 = _transform(config.transform, channels.numel())
-        target = part if p1 is None or p2 is None else invert_into_weight(part, p1, p2)
-        bits, activation_bits, group_size = split.bits, split.activation_bits, 0
-        if group == "main":
-            bits, activation_bits, group_size = config.bits, config.activation_bits, config.group_size
-            low_rank = _low_rank(part, p1, p2, config)
-            if low_rank is not None:
-                target = target - low_rank.cws_product() if low_rank.gate_cws.numel() else target
-                correction = Correction(
-                    **vars(low_rank),
-                    bits=config.correction.bits,
-                    residual_bits=config.correction.residual_bits,
-                    mac_rows=config.correction.mac_rows,
-                )
-        qweight, scale = quantize_weight(target, bits, group_size=group_size)
-        groups[group] = GroupWeights(qweight, scale, p1, p2, bits, activation_bits)
-    return SplitLinear(
-        name,
-        order=plan.order,
-        groups=groups,
-        context=context,
-        correction=correction,
-        bias=_merged_bias(linears),
-        group_size=config.group_size,
-        activation_symmetric=config.activation_symmetric,
-    )
-
-
-def _transform(kind: str, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if kind == "identity":
-        return None, None
-    a, b = factor_pair(width)
-    return orthogonal_start(a), orthogonal_start(b)
-
-
-def _low_rank(
-    weight: torch.Tensor, p1: torch.Tensor | None, p2: torch.Tensor | None, config: QuantConfig
-) -> LowRank | None:
-    full = min(weight.shape)
-    cws_rank = rank_of(config.correction.cws_ratio, full)
-    mac_rank = rank_of(config.correction.mac_ratio, full)
-    if max(cws_rank, mac_rank) == 0:
-        return None
-    return svd_anchor(weight, p1, p2, cws_rank=cws_rank, mac_rank=mac_rank, bits=config.correction.bits)
-
-
-def _merged_bias(linears: list[nn.Linear]) -> torch.Tensor | None:
-    if all(linear.bias is None for linear in linears):
-        return None
-    parts = [
-        torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float() for linear in linears
-    ]
-    return torch.cat(parts)
 
 
 def effective_bits(sites: dict[str, SplitLinear]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from splitq_edge.adapters.registry import adapter_for
-from splitq_edge.config import CorrectionConfig, QuantConfig, SplitConfig
-from splitq_edge.convert import quantize_site
+from splitq_edge.config import CorrectionConfig, LearningConfig, QuantConfig, SplitConfig
+from splitq_edge.learning.site import TrainableSite
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext
 from splitq_edge.modules.split_linear import SplitLinear
@@ -74,6 +75,16 @@ def random_linears(channels: int, outputs: Sequence[int], *, bias: bool = False,
     return linears
 
 
+CLOSED_FORM = LearningConfig(epochs=0)
+
+
+def closed_form_site(
+    name: str, linears: list[nn.Linear], plan: SplitPlan, config: QuantConfig, context: ModalityContext
+) -> SplitLinear:
+    """A quantized site with nothing learned."""
+    return TrainableSite(name, linears, plan, replace(config, learning=CLOSED_FORM), context).freeze()
+
+
 def random_site(
     config: QuantConfig,
     *,
@@ -88,7 +99,7 @@ def random_site(
     linears = random_linears(channels, outputs, bias=bias, seed=seed)
     plan = random_plan(channels, *widths[1:], seed=seed)
     with torch.no_grad():
-        site = quantize_site("site", linears, plan, config, context or ModalityContext())
+        site = closed_form_site("site", linears, plan, config, context or ModalityContext())
         return site, torch.cat([linear.weight for linear in linears]).T.contiguous()
 
 

@@ -19,6 +19,7 @@ from splitq_edge.config import QuantConfig, load_recipe, preset
 from splitq_edge.convert import QuantizedModel, effective_bits, quantize_model
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
+from splitq_edge.learning.prefix import first_block_batches, padded_batches
 from splitq_edge.loading import LoadedModel, load_model
 from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.runtime_ops.verify import ParityRow, verify_parity
@@ -61,7 +62,7 @@ def run_export(options: ExportOptions, console: Console) -> None:
         sample = next((batch for batch in batches if "pixel_values" in batch), None)
         if sample is None:
             raise SplitQError("calibration: expected at least one sample with an image, got none; add one")
-        quantized = None if config is None else _quantize(loaded, config, batches, progress)
+        quantized = None if config is None else _quantize(loaded, config, batches, progress, seed=options.seed)
     request = ExportRequest(
         flavour=options.flavour,
         sample=sample,
@@ -99,14 +100,18 @@ def _check_not_inside(out: Path, model: str) -> None:
 
 
 def _quantize(
-    loaded: LoadedModel, config: QuantConfig, batches: list[dict[str, torch.Tensor]], progress: Progress
+    loaded: LoadedModel, config: QuantConfig, batches: list[dict[str, torch.Tensor]], progress: Progress, *, seed: int
 ) -> QuantizedModel:
     task = progress.add_task("calibrate", total=len(batches))
     stats = collect_stats(loaded, batches, progress=lambda: progress.advance(task))
-    blocks = len(loaded.language_blocks()) * len(loaded.adapter.language_block)
-    task = progress.add_task("quantize", total=blocks)
-    with torch.no_grad():
-        return quantize_model(loaded, config, stats, progress=lambda: progress.advance(task))
+    learning = config.learning
+    task = progress.add_task("quantize", total=len(loaded.language_blocks()) * max(learning.epochs, 1))
+    block_batches = []
+    if learning.epochs:
+        pad = loaded.processor.tokenizer.pad_token_id
+        padded = padded_batches(batches, learning.batch, 0 if pad is None else pad)
+        block_batches = first_block_batches(loaded, padded)
+    return quantize_model(loaded, config, stats, block_batches, seed=seed, progress=lambda: progress.advance(task))
 
 
 def _progress(console: Console) -> Progress:

@@ -50,34 +50,49 @@ class LowRank:
         return (u * self.gate_cws) @ dequantize_weight(self.v, self.v_scale)[:rank]
 
 
-def svd_anchor(
-    weight: torch.Tensor,
+@dataclass(frozen=True)
+class SvdAnchor:
+    """Truncated SVD of a main weight, `weight ~ u diag(singular) v` (eq. 20).
+
+    Attributes:
+        u: [K, R] float32, orthonormal columns.
+        singular: [R] float32, descending.
+        v: [R, N] float32, orthonormal rows.
+    """
+
+    u: torch.Tensor
+    singular: torch.Tensor
+    v: torch.Tensor
+
+
+def svd_anchor(weight: torch.Tensor, rank: int) -> SvdAnchor:
+    """The anchor of rank `rank` of a weight [K, N] before the transform (channel scale applied), taken in float64."""
+    left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return SvdAnchor(left[:, :rank].float(), singular[:rank].float(), right[:rank].float())
+
+
+def quantize_low_rank(
+    anchor: SvdAnchor,
     p1: torch.Tensor | None,
     p2: torch.Tensor | None,
     *,
-    cws_rank: int,
-    mac_rank: int,
+    gate_cws: torch.Tensor,
+    gate_mac: torch.Tensor,
     bits: int,
 ) -> LowRank:
-    """The SVD start of the factors (eq. 20-21) with gates G = I.
+    """Carry the anchor behind the transform and quantize its factors (eq. 20-21).
 
     Args:
-        weight: [K, N] float32, main weight before the transform (channel scale already divided out).
+        anchor: of the larger of the two ranks.
         p1: [a, a] transform factor, None for the identity.
         p2: [b, b].
-        cws_rank: rank of CWS.
-        mac_rank: rank of MAC; the larger of the two is the rank of the shared factors and must be above 0.
+        gate_cws: [cws_rank] float32, the diagonal G_s; ones are the plain SVD.
+        gate_mac: [mac_rank] float32, the diagonal G_c.
         bits: bits of the factors.
-
-    Returns:
-        Quantized factors and gates.
     """
-    rank = max(cws_rank, mac_rank)
-    left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    u = left[:, :rank].float()
-    if p1 is not None and p2 is not None:
-        u = invert_into_weight(u, p1, p2)
+    u = anchor.u if p1 is None or p2 is None else invert_into_weight(anchor.u, p1, p2)
     u_codes, u_scale = quantize_weight(u, bits)
-    v_codes, v_scale = quantize_weight(right[:rank].float(), bits)
-    gates = singular[:rank].float()
-    return LowRank(u_codes, u_scale, v_codes, v_scale, gates[:cws_rank].clone(), gates[:mac_rank].clone())
+    v_codes, v_scale = quantize_weight(anchor.v, bits)
+    cws = anchor.singular[: gate_cws.numel()] * gate_cws
+    mac = anchor.singular[: gate_mac.numel()] * gate_mac
+    return LowRank(u_codes, u_scale, v_codes, v_scale, cws, mac)

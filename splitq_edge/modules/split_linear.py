@@ -209,7 +209,7 @@ class SitePart(nn.Module):
     handed out once a part and then forgotten. Change weights between two passes of the model, not within one.
     """
 
-    def __init__(self, site: SplitLinear, part: str, start: int, width: int) -> None:
+    def __init__(self, site: nn.Module, part: str, start: int, width: int) -> None:
         super().__init__()
         self.site = site
         self.part = part
@@ -236,7 +236,7 @@ class _SharedOutput:
         self._y: torch.Tensor | None = None
         self._left: set[str] = set()
 
-    def output(self, site: SplitLinear, x: torch.Tensor, part: str) -> torch.Tensor:
+    def output(self, site: nn.Module, x: torch.Tensor, part: str) -> torch.Tensor:
         if self._x is not x or part not in self._left or self._y is None:
             self._x, self._y, self._left = x, site(x), set(self._parts)
         result = self._y
@@ -246,7 +246,7 @@ class _SharedOutput:
         return result
 
 
-def site_parts(site: SplitLinear, widths: dict[str, int]) -> dict[str, SitePart]:
+def site_parts(site: nn.Module, widths: dict[str, int]) -> dict[str, SitePart]:
     """Cut a site into the modules that replace its linears.
 
     Args:

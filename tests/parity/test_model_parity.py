@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from builders import (
+    CLOSED_FORM,
     IMAGE_TOKENS,
     chat_batches,
     left_padded,
@@ -83,7 +84,8 @@ def export(
     quantized = None
     if scheme != "none":
         with torch.no_grad():
-            quantized = quantize_model(loaded, preset(scheme), collect_stats(loaded, batches))
+            config = replace(preset(scheme), learning=CLOSED_FORM)
+            quantized = quantize_model(loaded, config, collect_stats(loaded, batches), [])
     trace = export_folder.trace
 
     def traced_once(module: torch.nn.Module, inputs: dict[str, Any], **options: Any) -> ir.Model:

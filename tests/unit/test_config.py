@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from splitq_edge.config import PRESETS, CorrectionConfig, QuantConfig, SplitConfig, load_recipe, preset
+from splitq_edge.config import PRESETS, CorrectionConfig, LearningConfig, QuantConfig, SplitConfig, load_recipe, preset
 from splitq_edge.errors import SplitQError
 
-KINDS = {"": QuantConfig, "split.": SplitConfig, "correction.": CorrectionConfig}
+KINDS = {"": QuantConfig, "split.": SplitConfig, "correction.": CorrectionConfig, "learning.": LearningConfig}
 BASE = {"scheme": "test", "bits": 4, "activation_bits": 8}
 
 ALLOWED = [
@@ -29,6 +29,12 @@ ALLOWED = [
     ("correction.", "bits", [4, 8], [2, 3, 5, 16]),
     ("correction.", "residual_bits", [4, 8], [2, 3, 5, 16]),
     ("correction.", "mac_rows", ["text", "all"], ["vision", "", None]),
+    ("learning.", "epochs", [0, 1, 1000], [-1, 1001]),
+    ("learning.", "batch", [1, 256], [0, 257]),
+    ("learning.", "transform_lr", [0, 1], [-0.1, 1.1, float("nan")]),
+    ("learning.", "clip_lr", [0, 1], [-0.1, 1.1, float("nan")]),
+    ("learning.", "gate_lr", [0, 1], [-0.1, 1.1, float("nan")]),
+    ("learning.", "propagate", ["float", "quantized"], ["", "both", None]),
 ]
 GOOD = [(prefix, name, value) for prefix, name, good, _ in ALLOWED for value in good]
 BAD = [(prefix, name, value) for prefix, name, _, bad in ALLOWED for value in bad]
@@ -98,7 +104,7 @@ def test_value_of_another_type_is_refused_by_its_name(prefix: str, name: str, va
 def test_every_setting_with_a_range_is_in_the_table_above() -> None:
     checked = {f"{prefix}{name}" for prefix, name, _, _ in ALLOWED}
     fields = {f"{prefix}{item.name}" for prefix, kind in KINDS.items() for item in dataclasses.fields(kind)}
-    assert fields - checked == {"scheme", "activation_symmetric", "split", "correction"}
+    assert fields - checked == {"scheme", "activation_symmetric", "split", "correction", "learning"}
 
 
 def test_asymmetric_activations_need_fewer_than_eight_bits() -> None:

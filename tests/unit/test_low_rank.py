@@ -6,9 +6,23 @@ import pytest
 import torch
 from builders import rng
 
-from splitq_edge.correction.low_rank import rank_of, svd_anchor
+from splitq_edge.correction.low_rank import LowRank, quantize_low_rank, rank_of, svd_anchor
 from splitq_edge.quant.affine import dequantize_weight
 from splitq_edge.quant.transforms import apply_transform, orthogonal_start
+
+
+def low_rank(
+    weight: torch.Tensor,
+    p1: torch.Tensor | None,
+    p2: torch.Tensor | None,
+    *,
+    cws_rank: int,
+    mac_rank: int,
+    bits: int,
+) -> LowRank:
+    """The SVD start: gates G = I."""
+    anchor = svd_anchor(weight, max(cws_rank, mac_rank))
+    return quantize_low_rank(anchor, p1, p2, gate_cws=torch.ones(cws_rank), gate_mac=torch.ones(mac_rank), bits=bits)
 
 
 def random_weight(channels: int = 24, outputs: int = 20) -> torch.Tensor:
@@ -35,13 +49,13 @@ def test_rank_is_a_multiple_of_four_and_at_least_four(ratio: float, full: int, r
 
 def test_ranks_are_prefixes_with_the_singular_values_as_gates() -> None:
     weight = random_weight()
-    low = svd_anchor(weight, None, None, cws_rank=4, mac_rank=12, bits=8)
+    low = low_rank(weight, None, None, cws_rank=4, mac_rank=12, bits=8)
     singular = torch.linalg.svdvals(weight.double()).float()
     assert low.u.shape == (24, 12)
     assert low.v.shape == (12, 20)
     torch.testing.assert_close(low.gate_cws, singular[:4])
     torch.testing.assert_close(low.gate_mac, singular[:12])
-    wide = svd_anchor(weight, None, None, cws_rank=12, mac_rank=4, bits=8)
+    wide = low_rank(weight, None, None, cws_rank=12, mac_rank=4, bits=8)
     assert torch.equal(wide.u, low.u)
     assert torch.equal(wide.v, low.v)
     assert wide.gate_mac.shape == (4,)
@@ -49,9 +63,9 @@ def test_ranks_are_prefixes_with_the_singular_values_as_gates() -> None:
 
 def test_full_rank_at_eight_bits_is_the_weight() -> None:
     weight = random_weight()
-    product = svd_anchor(weight, None, None, cws_rank=20, mac_rank=0, bits=8).cws_product()
+    product = low_rank(weight, None, None, cws_rank=20, mac_rank=0, bits=8).cws_product()
     assert (product - weight).norm() / weight.norm() < 0.02
-    coarse = svd_anchor(weight, None, None, cws_rank=20, mac_rank=0, bits=4).cws_product()
+    coarse = low_rank(weight, None, None, cws_rank=20, mac_rank=0, bits=4).cws_product()
     assert 0.02 < (coarse - weight).norm() / weight.norm() < 0.5
 
 
@@ -59,7 +73,7 @@ def test_product_is_the_best_approximation_of_its_rank_up_to_quantization() -> N
     weight = random_weight()
     left, singular, right = torch.linalg.svd(weight, full_matrices=False)
     best = (left[:, :8] * singular[:8]) @ right[:8]
-    product = svd_anchor(weight, None, None, cws_rank=8, mac_rank=12, bits=8).cws_product()
+    product = low_rank(weight, None, None, cws_rank=8, mac_rank=12, bits=8).cws_product()
     assert (product - best).norm() / best.norm() < 0.02
 
 
@@ -68,7 +82,7 @@ def test_u_is_the_inverse_transform_of_the_left_singular_vectors() -> None:
     weight = random_weight()
     p1 = torch.eye(4) + torch.randn(4, 4, generator=rng(1)) * 0.1
     p2 = torch.eye(6) + torch.randn(6, 6, generator=rng(2)) * 0.1
-    low = svd_anchor(weight, p1, p2, cws_rank=8, mac_rank=0, bits=8)
+    low = low_rank(weight, p1, p2, cws_rank=8, mac_rank=0, bits=8)
     left = torch.linalg.svd(weight.double(), full_matrices=False)[0][:, :8]
     u = dequantize_weight(low.u, low.u_scale).double()
     back = torch.kron(p1.double(), p2.double()) @ u
@@ -80,7 +94,7 @@ def test_branch_in_transformed_space_serves_the_original_weight() -> None:
     # x P (P^-1 U) V = x U V: the branch on transformed activations is the plain low-rank product.
     weight = random_weight(64, 20)
     p1, p2 = orthogonal_start(8), orthogonal_start(8)
-    low = svd_anchor(weight, p1, p2, cws_rank=20, mac_rank=0, bits=8)
+    low = low_rank(weight, p1, p2, cws_rank=20, mac_rank=0, bits=8)
     x = torch.randn(5, 64, generator=rng(3))
     got = apply_transform(x, p1, p2) @ low.cws_product()
     assert (got - x @ weight).norm() / (x @ weight).norm() < 0.03
@@ -89,7 +103,7 @@ def test_branch_in_transformed_space_serves_the_original_weight() -> None:
 def test_subtracting_the_branch_and_adding_it_back_changes_nothing() -> None:
     # CWS (eq. 17) with Q switched off: (B - U V) + U V = B, because both use the same quantized factors.
     target = random_weight(64, 20)
-    low = svd_anchor(target, None, None, cws_rank=8, mac_rank=8, bits=4)
+    low = low_rank(target, None, None, cws_rank=8, mac_rank=8, bits=4)
     product = low.cws_product()
     u, v = dequantize_weight(low.u, low.u_scale), dequantize_weight(low.v, low.v_scale)
     added_back = (u * low.gate_cws) @ v
@@ -101,19 +115,19 @@ def test_smoothing_leaves_less_to_quantize() -> None:
     # What CWS is for: a weight with one strong direction is smaller once the direction is taken out.
     strong = torch.randn(64, 1, generator=rng(1)) @ torch.randn(1, 20, generator=rng(2)) * 5
     weight = random_weight(64, 20) + strong
-    low = svd_anchor(weight, None, None, cws_rank=4, mac_rank=0, bits=8)
+    low = low_rank(weight, None, None, cws_rank=4, mac_rank=0, bits=8)
     assert (weight - low.cws_product()).abs().max() < weight.abs().max() / 3
 
 
 def test_unused_branch_has_no_gates() -> None:
-    low = svd_anchor(random_weight(), None, None, cws_rank=0, mac_rank=8, bits=4)
+    low = low_rank(random_weight(), None, None, cws_rank=0, mac_rank=8, bits=4)
     assert low.gate_cws.shape == (0,)
     assert not low.cws_product().any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_factors_are_codes_of_their_bits(bits: int) -> None:
-    low = svd_anchor(random_weight(), None, None, cws_rank=8, mac_rank=4, bits=bits)
+    low = low_rank(random_weight(), None, None, cws_rank=8, mac_rank=4, bits=bits)
     for codes, scale in ((low.u, low.u_scale), (low.v, low.v_scale)):
         assert codes.dtype == torch.int8
         assert codes.abs().max() == 2 ** (bits - 1) - 1

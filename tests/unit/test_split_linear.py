@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import no_split, random_linears, random_plan, random_site, rng
+from builders import closed_form_site, no_split, random_linears, random_plan, random_site, rng
 
 from splitq_edge.config import CorrectionConfig, QuantConfig, SplitConfig, preset
-from splitq_edge.convert import quantize_site
 from splitq_edge.errors import SplitQError
 from splitq_edge.modality import ModalityContext
 from splitq_edge.modules.split_linear import GROUPS, SplitLinear, site_parts
@@ -228,7 +227,7 @@ def low_rank_site(config: QuantConfig) -> tuple[SplitLinear, torch.Tensor]:
     (linear,) = random_linears(64, (24,))
     with torch.no_grad():
         linear.weight.copy_(weight.T)
-        site = quantize_site("site", [linear], random_plan(64, 0, 0), config, ModalityContext())
+        site = closed_form_site("site", [linear], random_plan(64, 0, 0), config, ModalityContext())
     return site, weight
 
 
@@ -358,7 +357,7 @@ def test_parts_give_the_outputs_of_the_linears_that_they_replace() -> None:
     linears = random_linears(64, (16, 8), bias=True)
     linears[1].bias = None
     with torch.no_grad():
-        site = quantize_site("site", linears, random_plan(64, 0, 0), no_split(bits=8), ModalityContext())
+        site = closed_form_site("site", linears, random_plan(64, 0, 0), no_split(bits=8), ModalityContext())
     parts = site_parts(site, {"q": 16, "k": 8})
     x = torch.randn(20, 64, generator=rng())
     for linear, part in zip(linears, parts.values(), strict=True):

@@ -1,0 +1,44 @@
+"""A learnable matrix that cannot become singular: U diag(s) V^T with orthogonal U, V and positive s (paper eq. 2-3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+MAX_LOG = 2.0  # singular values stay within e^-2 .. e^2, so the condition number stays below 55
+
+
+def cayley(skew_source: torch.Tensor) -> torch.Tensor:
+    """Orthogonal matrix (I + K)^-1 (I - K) of the skew-symmetric part K of the strict upper triangle.
+
+    Args:
+        skew_source: [n, n] float32; zero gives the identity.
+    """
+    upper = skew_source.triu(1)
+    skew = upper - upper.T
+    eye = torch.eye(skew.shape[0])
+    return torch.linalg.solve(eye + skew, eye - skew)
+
+
+class InvertibleMatrix(nn.Module):
+    """P [n, n] = start cayley(A) diag(exp(log_s)) cayley(B)^T, initially `start`.
+
+    Args:
+        start: [n, n] orthogonal.
+    """
+
+    def __init__(self, start: torch.Tensor) -> None:
+        super().__init__()
+        n = start.shape[0]
+        self.start: torch.Tensor
+        self.register_buffer("start", start.clone())
+        self.left = nn.Parameter(torch.zeros(n, n))
+        self.right = nn.Parameter(torch.zeros(n, n))
+        self.log_s = nn.Parameter(torch.zeros(n))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """P and its inverse, both [n, n] float32."""
+        u = self.start @ cayley(self.left)
+        v = cayley(self.right)
+        s = (MAX_LOG * torch.tanh(self.log_s / MAX_LOG)).exp()
+        return (u * s) @ v.T, (v / s) @ u.T
