@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -19,6 +20,7 @@ from splitq_edge.errors import SplitQError
 USER_ERROR = 2
 INTERRUPTED = 130
 EXTRAS = {
+    "accelerate": "quantize",
     "torch": "quantize",
     "rich": "quantize",
     "safetensors": "quantize",
@@ -29,6 +31,24 @@ EXTRAS = {
     "easy_vqa": "tasks",
 }
 PATH = click.Path(path_type=Path)
+# The keys of methods.registry.METHODS; a test keeps them equal.
+METHOD_NAMES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "quarot", "flatquant", "splitq")
+
+
+class _Bytes(click.ParamType):
+    """A size such as 8GB, 500MB or 1.5GiB, in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value).strip(), re.IGNORECASE)
+        if match is None:
+            self.fail(f"expected a size such as 8GB, got {value!r}", param, ctx)
+        number, prefix, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+BYTES = _Bytes()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,7 +75,7 @@ def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            click.echo("\ninterrupted; nothing was left half-written", err=True)
+            click.echo("\ninterrupted; finished blocks of a calibration are kept, --resume goes on", err=True)
             sys.exit(INTERRUPTED)
         except (SplitQError, ImportError) as error:
             if click.get_current_context().find_root().obj:
@@ -87,7 +107,14 @@ def _message(error: Exception) -> str:
     show_default=True,
     help="Weight and activation bits of the language model; none exports in float32.",
 )
-@click.option("--recipe", type=PATH, help="YAML recipe instead of --scheme: every setting by hand.")
+@click.option(
+    "--method",
+    type=click.Choice(METHOD_NAMES),
+    default="splitq",
+    show_default=True,
+    help="SplitQ, or a method to compare it with.",
+)
+@click.option("--recipe", type=PATH, help="YAML recipe instead of --scheme and --method: every setting by hand.")
 @click.option(
     "--calib",
     default="easyvqa",
@@ -106,13 +133,32 @@ def _message(error: Exception) -> str:
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of samples.")
 @click.option("--revision", help="Hub revision of MODEL.")
 @click.option("--force", is_flag=True, help="Replace OUT if it holds an earlier export.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same options.")
+@click.option("--state", type=PATH, help="Folder of the finished blocks; default: OUT.calibration, deleted at the end.")
+@click.option("--keep-state", is_flag=True, help="Keep the folder of the finished blocks.")
+@click.option(
+    "--stop-after", type=click.IntRange(min=1), help="Stop when so many blocks are finished; --resume goes on."
+)
+@click.option(
+    "--memory-limit",
+    type=BYTES,
+    help="Memory to stay below, such as 8GB: weights are read block by block, activations go to disk.",
+)
+@click.option("--dry-run", is_flag=True, help="Print time, size and effective bits to expect; reads no weights.")
 @_reports_errors
 def export(out: Path, **options: Any) -> None:
     """Calibrate and quantize MODEL (folder or hub id), write ONNX graphs to the folder OUT and verify them."""
     from splitq_edge.commands.console import make_console
     from splitq_edge.commands.export import ExportOptions, run_export
 
-    run_export(ExportOptions(out=out, **options), make_console())
+    dry_run = options.pop("dry_run")
+    chosen = ExportOptions(out=out, **options)
+    if dry_run:
+        from splitq_edge.commands.dry_run import print_estimate
+
+        print_estimate(chosen, make_console())
+    else:
+        run_export(chosen, make_console())
 
 
 @main.command()

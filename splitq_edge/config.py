@@ -12,6 +12,8 @@ from splitq_edge.errors import SplitQError
 BIT_WIDTHS = (2, 3, 4, 8)
 BLOCK_SIZES = (0, 32, 64, 128)
 TRANSFORMS = ("hadamard", "identity")
+CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max")
+SCALES = ("none", "smoothquant", "awq", "mbq")
 
 # What YAML may give for a field's declared type; a bool is no number here.
 PLAIN_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -34,18 +36,22 @@ class SplitConfig:
     Attributes:
         ratio: share of the input channels a modality may claim; the planner rounds it to kernel-friendly widths.
             0 turns the split off.
+        rule: how the channels are chosen: "mocd" (the paper, eq. 7-12), or for comparison "random", "text-max",
+            "vision-max" and "all-max" (largest magnitudes over text, vision or all tokens fill both groups).
         clusters: k of the one-dimensional clustering of a text channel's percentile ranks (eq. 10).
         bits: weight bits of the outlier groups, 4 or more.
         activation_bits: activation bits of the outlier groups, 4 or more.
     """
 
     ratio: float = 0.02
+    rule: str = "mocd"
     clusters: int = 3
     bits: int = 4
     activation_bits: int = 8
 
     def __post_init__(self) -> None:
         _require(0 <= self.ratio <= 0.25, "split.ratio", "0 to 0.25", self.ratio)
+        _require(self.rule in CHANNEL_RULES, "split.rule", f"one of {CHANNEL_RULES}", self.rule)
         _require(1 <= self.clusters <= 16, "split.clusters", "1 to 16", self.clusters)
         _require(self.bits in (4, 8), "split.bits", "4 or 8", self.bits)
         _require(self.activation_bits in (4, 8), "split.activation_bits", "4 or 8", self.activation_bits)
@@ -78,6 +84,28 @@ class CorrectionConfig:
 
 
 @dataclass(frozen=True)
+class ClipConfig:
+    """Clip factors before anything is learned.
+
+    Attributes:
+        weight: "none", or "search": the factor of every weight scale that minimizes the squared error of the weight,
+            its input channels weighted by their mean squared activation.
+        activation: "none", or "search": one factor a channel group that minimizes the squared error of the calibration
+            rows.
+        activation_max: the largest activation clip factor, in (0, 1].
+    """
+
+    weight: str = "none"
+    activation: str = "none"
+    activation_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "activation"):
+            _require(getattr(self, name) in ("none", "search"), f"clip.{name}", "none or search", getattr(self, name))
+        _require(0 < self.activation_max <= 1, "clip.activation_max", "above 0, at most 1", self.activation_max)
+
+
+@dataclass(frozen=True)
 class LearningConfig:
     """Block-wise reconstruction (paper eq. 3, 20-21): what is learned and how long.
 
@@ -87,6 +115,8 @@ class LearningConfig:
         transform_lr: peak learning rate of P and the channel scale.
         clip_lr: of the weight and activation clips.
         gate_lr: of the CWS and MAC gates.
+        balance: weight of the modalities in the loss: "none" (a plain mean over tokens) or "mbq" (each modality by its
+            mean absolute gradient, as MBQ does).
         propagate: what a block receives while it is learned: "float" (the float model's activations) or "quantized"
             (those of the blocks already quantized).
     """
@@ -96,6 +126,7 @@ class LearningConfig:
     transform_lr: float = 5e-3
     clip_lr: float = 5e-2
     gate_lr: float = 2e-2
+    balance: str = "none"
     propagate: str = "float"
 
     def __post_init__(self) -> None:
@@ -103,6 +134,7 @@ class LearningConfig:
         _require(1 <= self.batch <= 256, "learning.batch", "1 to 256", self.batch)
         for name in ("transform_lr", "clip_lr", "gate_lr"):
             _require(0 <= getattr(self, name) <= 1, f"learning.{name}", "0 to 1", getattr(self, name))
+        _require(self.balance in ("none", "mbq"), "learning.balance", "none or mbq", self.balance)
         _require(self.propagate in ("float", "quantized"), "learning.propagate", "float or quantized", self.propagate)
 
 
@@ -118,6 +150,10 @@ class QuantConfig:
         activation_symmetric: False for asymmetric main activations (below 8 bits).
         transform: start of the equivalent transform P: "hadamard" (Kronecker product of two orthogonal matrices) or
             "identity".
+        scale: start of the scale per channel: "none", "smoothquant" (alpha 0.5), or the searches "awq" and "mbq".
+        rounding: of the weights: "nearest", or "gptq" (error feedback over the quantized activations).
+        method: label of the method whose settings these are, see `splitq_edge.methods`.
+        clip: clip factors before learning.
         split: channel split.
         correction: low-rank branches.
         learning: block-wise reconstruction.
@@ -129,6 +165,10 @@ class QuantConfig:
     group_size: int = 0
     activation_symmetric: bool = True
     transform: str = "hadamard"
+    scale: str = "smoothquant"
+    rounding: str = "nearest"
+    method: str = "splitq"
+    clip: ClipConfig = field(default_factory=ClipConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     learning: LearningConfig = field(default_factory=LearningConfig)
@@ -143,6 +183,8 @@ class QuantConfig:
         )
         _require(self.group_size in BLOCK_SIZES, "group_size", f"one of {BLOCK_SIZES}", self.group_size)
         _require(self.transform in TRANSFORMS, "transform", f"one of {TRANSFORMS}", self.transform)
+        _require(self.scale in SCALES, "scale", f"one of {SCALES}", self.scale)
+        _require(self.rounding in ("nearest", "gptq"), "rounding", "nearest or gptq", self.rounding)
         _require(
             self.activation_symmetric or self.activation_bits < 8,
             "activation_symmetric",
@@ -162,11 +204,19 @@ class QuantConfig:
             SplitQError: an unknown key (the message lists the known ones) or a value out of range.
         """
         values = dict(values)
-        for key, kind in (("split", SplitConfig), ("correction", CorrectionConfig), ("learning", LearningConfig)):
+        for key, kind in SECTIONS.items():
             if key in values:
                 _require(isinstance(values[key], dict), key, "a mapping of settings", values[key])
                 values[key] = kind(**_checked_keys(kind, values[key], f"{key}."))
         return cls(**_checked_keys(cls, values, ""))
+
+
+SECTIONS: dict[str, type] = {
+    "clip": ClipConfig,
+    "split": SplitConfig,
+    "correction": CorrectionConfig,
+    "learning": LearningConfig,
+}
 
 
 def _checked_keys(kind: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:

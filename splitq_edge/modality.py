@@ -36,17 +36,23 @@ class ModalityContext:
 
     def __init__(self) -> None:
         self._mask: torch.Tensor | None = None
+        self._keep: torch.Tensor | None = None
 
     @property
     def mask(self) -> torch.Tensor | None:
         """The [batch, sequence] int8 mask of the running pass, None outside one."""
         return self._mask
 
+    @property
+    def keep(self) -> torch.Tensor | None:
+        """[batch, sequence] bool, False for padding; None where nothing is padded."""
+        return self._keep
+
     @contextmanager
-    def using(self, mask: torch.Tensor | None) -> Iterator[None]:
-        """Set the mask for the passes run inside the `with` block."""
-        before, self._mask = self._mask, mask
+    def using(self, mask: torch.Tensor | None, keep: torch.Tensor | None = None) -> Iterator[None]:
+        """Set the mask (and what is no padding) for the passes run inside the `with` block."""
+        before, self._mask, self._keep = (self._mask, self._keep), mask, keep
         try:
             yield
         finally:
-            self._mask = before
+            self._mask, self._keep = before

@@ -15,11 +15,16 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from splitq_edge.adapters.registry import adapter_for
+from splitq_edge.calibration.activations import ActivationStore
+from splitq_edge.calibration.runner import Calibration
+from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.config import CorrectionConfig, LearningConfig, QuantConfig, SplitConfig
+from splitq_edge.convert import QuantizedModel, assemble
 from splitq_edge.learning.site import TrainableSite
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext
 from splitq_edge.modules.split_linear import SplitLinear
+from splitq_edge.parallel import Processes
 from splitq_edge.splitting.plan import SplitPlan
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
@@ -48,6 +53,7 @@ def no_split(**settings: Any) -> QuantConfig:
         "bits": 4,
         "activation_bits": 8,
         "transform": "identity",
+        "scale": "none",
         "split": SplitConfig(ratio=0),
         "correction": CorrectionConfig(cws_ratio=0, mac_ratio=0),
     }
@@ -101,6 +107,25 @@ def random_site(
     with torch.no_grad():
         site = closed_form_site("site", linears, plan, config, context or ModalityContext())
         return site, torch.cat([linear.weight for linear in linears]).T.contiguous()
+
+
+def calibrated(
+    loaded: LoadedModel, config: QuantConfig, batches: Sequence[dict[str, torch.Tensor]], folder: Path, seed: int = 0
+) -> QuantizedModel:
+    """The model quantized in place, by way of a calibration state in `folder`."""
+    state = calibration_state(loaded, config, batches, folder, seed)
+    return assemble(loaded, config, state)
+
+
+def calibration_state(
+    loaded: LoadedModel, config: QuantConfig, batches: Sequence[dict[str, torch.Tensor]], folder: Path, seed: int = 0
+) -> CalibrationState:
+    """A finished calibration in `folder`; the model is left as it was."""
+    state = CalibrationState(folder / "state", {"seed": seed})
+    store = ActivationStore(folder / "activations")
+    run = Calibration(loaded, config, state, store, seed, Processes(alone=True))
+    run.run(batches, finished=state.start(resume=False))
+    return state
 
 
 def site_model(site: SplitLinear, *, packed: bool) -> onnx.ModelProto:

@@ -125,23 +125,34 @@ def encode_sample(processor: Any, sample: CalibrationSample) -> dict[str, torch.
     """Model inputs of one conversation, answer included (answer tokens count as text).
 
     Returns:
-        What `model(**inputs)` takes: input_ids [1, sequence], attention_mask, pixel_values, ...
+        What `model(**inputs)` takes: input_ids [1, sequence], attention_mask, pixel_values, ...; and "answer"
+        [1, sequence] bool, the tokens of the last assistant turn.
 
     Raises:
         SplitQError: an image cannot be read or the processor refuses the chat.
     """
+    encoded = _render(processor, sample, list(sample.messages), generate=False)
+    answer = torch.zeros_like(encoded["input_ids"], dtype=torch.bool)
+    if sample.messages[-1]["role"] == "assistant":
+        prompt = _render(processor, sample, list(sample.messages[:-1]), generate=True)["input_ids"]
+        length = prompt.shape[1]
+        if torch.equal(encoded["input_ids"][:, :length], prompt):
+            answer[:, length:] = True
+    # A template that renders the prompt differently without its answer leaves all text as the answer.
+    encoded["answer"] = answer if bool(answer.any()) else encoded["attention_mask"].bool()
+    return encoded
+
+
+def _render(processor: Any, sample: CalibrationSample, messages: list[Message], *, generate: bool) -> dict[str, Any]:
     try:
-        encoded = processor.apply_chat_template(
-            list(sample.messages),
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=False,
+        return dict(
+            processor.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=generate
+            )
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise SplitQError(f"calibration data {sample.origin}: the processor refused the sample ({reason})") from error
-    return dict(encoded)
 
 
 def describe_source(source: str, samples: Sequence[CalibrationSample]) -> dict[str, object]:

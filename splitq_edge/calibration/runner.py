@@ -1,63 +1,275 @@
-"""Runs the float model over the calibration samples and observes every language site."""
+"""Calibration block by block: statistics, split plan, learning, rounding; each finished block goes to disk.
+
+A block is read from the checkpoint, quantized and dropped again, so one block is in memory at a time. What the next
+block receives is kept in an `ActivationStore`. A resumed run recomputes the float (and quantized) activations of the
+finished blocks instead of storing them; with the same seed and threads it ends with the same integers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from splitq_edge.adapters.adapter import ModelAdapter
+from splitq_edge.calibration.activations import ActivationStore
+from splitq_edge.calibration.block_inputs import BlockInputs, block_output, first_block_inputs, padded_batches
 from splitq_edge.calibration.observer import Observer, SiteStats
+from splitq_edge.calibration.sensitivity import Sensitivity, collect_sensitivity
+from splitq_edge.calibration.state import BlockRecord, CalibrationState
+from splitq_edge.config import QuantConfig
 from splitq_edge.errors import SplitQError
+from splitq_edge.learning.reconstruct import BlockTask, block_error, learn_block
+from splitq_edge.learning.site import TrainableSite, merged_weight
 from splitq_edge.loading import LoadedModel
-from splitq_edge.modality import modality_of
+from splitq_edge.methods.scales import ScaleInputs
+from splitq_edge.modules.split_linear import SplitLinear, site_parts
+from splitq_edge.parallel import Processes
+from splitq_edge.report.site_quality import site_quality
+from splitq_edge.splitting.plan import plan_split
+
+Progress = Callable[[str, int], None]  # what was done, steps of it
+STATS_BATCH = 4  # samples a batch where nothing is learned
 
 
-def collect_stats(
-    loaded: LoadedModel,
-    batches: Iterable[dict[str, torch.Tensor]],
-    *,
-    progress: Callable[[], None] | None = None,
-) -> dict[str, SiteStats]:
-    """Statistics of every site of the language model, by site name.
+@dataclass
+class Calibration:
+    """A run over one model.
+
+    Attributes:
+        loaded: the float model; never changed.
+        config: the recipe.
+        state: where finished blocks go.
+        store: where hidden states go.
+        seed: order of the batches, and of the rule "random".
+        processes: the group that shares the samples.
+        progress: called with "sensitivity" and "block" and the steps done, see `steps`.
+    """
+
+    loaded: LoadedModel
+    config: QuantConfig
+    state: CalibrationState
+    store: ActivationStore
+    seed: int
+    processes: Processes
+    progress: Progress | None = None
+
+    def steps(self) -> int:
+        """Progress steps of a whole run: one an epoch and one for the rest of a block."""
+        return self.loaded.block_count * (self.config.learning.epochs + 1)
+
+    def run(self, encoded: Sequence[dict[str, torch.Tensor]], *, finished: int, stop_after: int | None = None) -> None:
+        """Calibrate the blocks that are not finished yet.
+
+        Args:
+            encoded: model inputs of the samples, see `encode_sample`; the same in all processes.
+            finished: blocks already in the state.
+            stop_after: stop when so many blocks are finished, None for all.
+
+        Raises:
+            SplitQError: no samples, a weight that is not finite, a width that cannot be planned.
+        """
+        if not encoded:
+            raise SplitQError("calibration: expected at least one sample, got none; give calibration data")
+        blocks = self.loaded.block_count if stop_after is None else min(stop_after, self.loaded.block_count)
+        if finished >= blocks:
+            return
+        pad = self.loaded.tokenizer.pad_token_id
+        size = self.config.learning.batch if self.config.learning.epochs else STATS_BATCH
+        batches = padded_batches(encoded, size, 0 if pad is None else pad, self.processes)
+        with self.loaded.outside_blocks():
+            inputs = first_block_inputs(self.loaded, batches, self.store)
+        if self.config.learning.propagate == "quantized":
+            for number in inputs.own:
+                inputs.put("quantized", number, inputs.get("float", number))
+        sensitivity = self._sensitivity(inputs)
+        samples = len(encoded)
+        for index in range(blocks):
+            block = self.loaded.block(index)
+            if index < finished:
+                self._replay(index, block, inputs)
+            else:
+                self._calibrate(index, block, inputs, samples, sensitivity)
+            del block
+            inputs.rename("target", "float")
+        self.store.clear()
+
+    def _sensitivity(self, inputs: BlockInputs) -> Sensitivity:
+        if self.config.scale != "mbq" and not (self.config.learning.epochs and self.config.learning.balance == "mbq"):
+            return {}
+        return collect_sensitivity(
+            self.loaded, inputs, self.processes, progress=lambda: self._done("sensitivity", 1)
+        )
+
+    def _done(self, what: str, steps: int) -> None:
+        if self.progress is not None:
+            self.progress(what, steps)
+
+    def _replay(self, index: int, block: nn.Module, inputs: BlockInputs) -> None:
+        """Activations behind a finished block."""
+        self._float_outputs(block, inputs)
+        if self.config.learning.propagate == "quantized":
+            record = self.state.load(index, self.loaded.context, self.loaded.device)
+            self._place(index, block, record.sites)
+            self._advance_quantized(block, inputs)
+        self._done("block", self.config.learning.epochs + 1)
+
+    def _calibrate(
+        self, index: int, block: nn.Module, inputs: BlockInputs, samples: int, sensitivity: Sensitivity
+    ) -> None:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        stats = self._observe(index, block, inputs, samples)
+        sites = self._trainable_sites(index, block, stats, sensitivity)
+        quantized = self.config.learning.propagate == "quantized"
+        task = BlockTask(
+            block,
+            list(sites.values()),
+            inputs,
+            "quantized" if quantized else "float",
+            self.loaded.context,
+            self.processes,
+            self._modality_weights(index, sensitivity),
+        )
+        errors: dict[str, float] = {}
+        if self.config.learning.epochs:
+            result = learn_block(task, self.config.learning, generator, progress=lambda: self._done("block", 1))
+            errors = {"before": result.before, "learned": result.after}
+        frozen = {name: site.freeze(hessian) for name, site, hessian in self._with_hessians(task, sites)}
+        quality = {name: site_quality(site, frozen[name], stats[name]) for name, site in sites.items()}
+        self._place(index, block, frozen)
+        errors["final"] = block_error(task)
+        report = {"block": index, "relative_error": errors, "sites": quality}
+        if self.processes.main:
+            self.state.save(index, BlockRecord(frozen, report))
+        self.processes.wait()
+        if quantized:
+            self._advance_quantized(block, inputs)
+        self._done("block", 1)
+
+    @torch.no_grad()
+    def _float_outputs(self, block: nn.Module, inputs: BlockInputs) -> None:
+        for number in inputs.own:
+            output = block_output(block, inputs.get("float", number), inputs.batch(number), self.loaded.context)
+            inputs.put("target", number, output)
+
+    @torch.no_grad()
+    def _advance_quantized(self, block: nn.Module, inputs: BlockInputs) -> None:
+        for number in inputs.own:
+            output = block_output(block, inputs.get("quantized", number), inputs.batch(number), self.loaded.context)
+            inputs.put("quantized", number, output)
+
+    def _observe(self, index: int, block: nn.Module, inputs: BlockInputs, samples: int) -> dict[str, SiteStats]:
+        """Run the float block: its outputs become the stream "target", its sites' inputs statistics."""
+        observers: dict[str, Observer] = {}
+        running: list[int] = []
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            observers[name] = Observer(name, samples)
+
+            def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                batch = inputs.batch(running[-1])
+                x = args[0].reshape(*batch.keep.shape, -1)
+                observers[name].update(x, batch.modality, batch.keep, batch.samples)
+
+            return observe
+
+        with ExitStack() as handles, torch.no_grad():
+            for site in self.loaded.adapter.language_block:
+                first = block.get_submodule(site.linears[0])
+                name = self.loaded.adapter.site_name(index, site)
+                handles.callback(first.register_forward_pre_hook(hook(name)).remove)
+            for number in inputs.own:
+                running.append(number)
+                output = block_output(block, inputs.get("float", number), inputs.batch(number), self.loaded.context)
+                inputs.put("target", number, output)
+        return {name: observer.stats(self.processes) for name, observer in observers.items()}
+
+    def _trainable_sites(
+        self, index: int, block: nn.Module, stats: dict[str, SiteStats], sensitivity: Sensitivity
+    ) -> dict[str, TrainableSite]:
+        """Put trainable sites in place of the block's linears."""
+        sites: dict[str, TrainableSite] = {}
+        for site in self.loaded.adapter.language_block:
+            name = self.loaded.adapter.site_name(index, site)
+            linears = {path: _linear(block, path, name) for path in site.linears}
+            known = stats[name]
+            plan = plan_split(known, self.config.split, balanced=self.config.transform != "identity", seed=self.seed)
+            inputs = ScaleInputs(
+                merged_weight(list(linears.values())),
+                known.absmax,
+                known.text_rows,
+                known.vision_rows,
+                sensitivity.get(name, (1.0, 1.0)),
+            )
+            sites[name] = TrainableSite(
+                name, list(linears.values()), plan, self.config, self.loaded.context, inputs
+            )
+            replace_linears(block, sites[name], {path: linear.out_features for path, linear in linears.items()})
+        return sites
+
+    def _with_hessians(
+        self, task: BlockTask, sites: dict[str, TrainableSite]
+    ) -> list[tuple[str, TrainableSite, torch.Tensor | None]]:
+        if self.config.rounding == "nearest":
+            return [(name, site, None) for name, site in sites.items()]
+        with ExitStack() as stack, torch.no_grad():
+            for site in sites.values():
+                stack.enter_context(site.observing())
+            for number in task.inputs.own:
+                hidden = task.inputs.get(task.stream, number)
+                block_output(task.block, hidden, task.inputs.batch(number), self.loaded.context)
+        found = []
+        for name, site in sites.items():
+            width = site.weight.shape[0]
+            hessian = site.take_hessian()
+            hessian = site.weight.new_zeros(width, width) if hessian is None else hessian
+            found.append((name, site, self.processes.sum(hessian)))
+        return found
+
+    def _modality_weights(self, index: int, sensitivity: Sensitivity) -> tuple[float, float]:
+        """Loss weights of text and vision tokens, with mean 1: MBQ's ratio of mean absolute gradients."""
+        if self.config.learning.balance != "mbq":
+            return 1.0, 1.0
+        text, vision = sensitivity[f"block.{index}"]
+        mean = max((text + vision) / 2, 1e-20)
+        return text / mean, vision / mean
+
+    def _place(self, index: int, block: nn.Module, frozen: dict[str, SplitLinear]) -> None:
+        place_sites(self.loaded.adapter, index, block, frozen)
+
+
+def place_sites(adapter: ModelAdapter, index: int, block: nn.Module, sites: dict[str, SplitLinear]) -> None:
+    """Put quantized sites in place of a block's linears (or of what stands there for them).
 
     Args:
-        loaded: the float model.
-        batches: model inputs, see `encode_sample`.
-        progress: called after every batch.
-
-    Raises:
-        SplitQError: no batch came.
+        adapter: the family.
+        index: number of the block.
+        block: changed in place.
+        sites: quantized sites by name; those of other blocks are ignored.
     """
-    observers: dict[str, Observer] = {}
-    tokens: dict[str, torch.Tensor] = {}
+    for site in adapter.language_block:
+        name = adapter.site_name(index, site)
+        modules: dict[str, Any] = {path: block.get_submodule(path) for path in site.linears}
+        widths = {
+            path: int(m.out_features if isinstance(m, nn.Linear) else m.width) for path, m in modules.items()
+        }
+        replace_linears(block, sites[name], widths)
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            observer = observers.setdefault(name, Observer(name, x.shape[-1]))
-            keep = tokens["keep"]
-            observer.update(x[keep], tokens["modality"][keep])
 
-        return observe
+def _linear(block: nn.Module, path: str, site: str) -> nn.Linear:
+    module = block.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise SplitQError(f"{site}: expected {path} to be a linear layer, got {type(module).__name__}")
+    if not torch.isfinite(module.weight).all():
+        raise SplitQError(f"{site}: expected finite weights in {path}, got NaN or infinity; check the checkpoint")
+    return module
 
-    handles = []
-    for index, block in enumerate(loaded.language_blocks()):
-        for site in loaded.adapter.language_block:
-            first = block.get_submodule(site.linears[0])
-            handles.append(first.register_forward_pre_hook(hook(loaded.adapter.site_name(index, site))))
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                tokens["modality"] = modality_of(batch["input_ids"], loaded.image_token_id)
-                tokens["keep"] = batch["attention_mask"].bool()
-                loaded.model(**batch, use_cache=False)
-                if progress is not None:
-                    progress()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not observers:
-        raise SplitQError("calibration: expected at least one sample, got none; give calibration data")
-    return {name: observer.stats() for name, observer in observers.items()}
+
+def replace_linears(block: nn.Module, site: nn.Module, widths: dict[str, int]) -> None:
+    """Put the parts of a site in place of linears; widths: output features by path, in the site's order."""
+    for path, part in site_parts(site, widths).items():
+        block.set_submodule(path, part)

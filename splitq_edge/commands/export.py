@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from splitq_edge.artifacts import check_target, staged_folder
-from splitq_edge.calibration.data import describe_source, encode_sample, load_samples
-from splitq_edge.calibration.runner import collect_stats
+from splitq_edge.calibration.activations import ActivationStore
+from splitq_edge.calibration.data import CalibrationSample, describe_source, encode_sample, load_samples
+from splitq_edge.calibration.runner import Calibration
+from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.config import QuantConfig, load_recipe, preset
-from splitq_edge.convert import QuantizedModel, effective_bits, quantize_model
+from splitq_edge.convert import QuantizedModel, assemble, effective_bits
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
-from splitq_edge.learning.prefix import first_block_batches, padded_batches
 from splitq_edge.loading import LoadedModel, load_model
+from splitq_edge.methods.registry import method_config
+from splitq_edge.parallel import Processes
 from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.runtime_ops.verify import ParityRow, verify_parity
 
@@ -33,40 +40,158 @@ class ExportOptions:
 
     model: str
     out: Path
-    scheme: str
-    recipe: Path | None
-    calib: str
-    calib_samples: int
-    flavour: str
-    seed: int
-    force: bool
-    revision: str | None
+    scheme: str = "W4A8"
+    method: str = "splitq"
+    recipe: Path | None = None
+    calib: str = "easyvqa"
+    calib_samples: int = 128
+    flavour: str = "portable"
+    seed: int = 0
+    force: bool = False
+    revision: str | None = None
+    state: Path | None = None
+    resume: bool = False
+    keep_state: bool = False
+    stop_after: int | None = None
+    memory_limit: int | None = None
+
+    @property
+    def state_folder(self) -> Path:
+        """Where finished blocks go: --state, or a folder beside OUT."""
+        return self.state or self.out.with_name(f"{self.out.name}.calibration")
 
 
-def run_export(options: ExportOptions, console: Console) -> None:
+def run_export(options: ExportOptions, console: Console, config: QuantConfig | None = None) -> dict[str, Any]:
     """Do the whole export.
 
+    Args:
+        options: as typed.
+        console: progress and tables go there.
+        config: a recipe instead of the one that the options name.
+
+    Returns:
+        `calibration_s`: seconds that calibration took, without loading the model and writing the graphs;
+        `effective_bits`.
+
     Raises:
-        SplitQError: anything the user can mend; nothing is left behind then.
+        SplitQError: anything the user can mend; the blocks finished so far stay in the state folder.
     """
     check_target(options.out, force=options.force)
-    config = _config(options)
+    processes = Processes()
+    if not processes.main:
+        console = Console(quiet=True)
+    config = config or chosen_config(options)
     samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
     if config is not None and len(samples) < options.calib_samples:
         logger.warning("calibration uses the %d samples there are, not %d", len(samples), options.calib_samples)
-    loaded = load_model(options.model, revision=options.revision)
     _check_not_inside(options.out, options.model)
-    with _progress(console) as progress:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lazy = options.memory_limit is not None or options.stop_after is not None
+    loaded = load_model(options.model, revision=options.revision, lazy=lazy, device=device)
+    with progress_bars(console) as progress:
         task = progress.add_task("encode samples", total=len(samples))
-        batches = [encode_sample(loaded.processor, sample) for sample in progress.track(samples, task_id=task)]
-        sample = next((batch for batch in batches if "pixel_values" in batch), None)
+        encoded = [encode_sample(loaded.processor, sample) for sample in progress.track(samples, task_id=task)]
+        sample = next((inputs for inputs in encoded if "pixel_values" in inputs), None)
         if sample is None:
             raise SplitQError("calibration: expected at least one sample with an image, got none; add one")
-        quantized = None if config is None else _quantize(loaded, config, batches, progress, seed=options.seed)
+        state = None
+        seconds = 0.0
+        if config is not None:
+            state = CalibrationState(options.state_folder, _header(options, config, samples, loaded))
+            seconds = calibrate(loaded, config, state, encoded, options, processes, progress)
+    processes.wait()
+    if not processes.main:
+        return {"calibration_s": seconds}
+    if state is not None and state.finished() < loaded.block_count:
+        console.print(f"{state.folder}: {state.finished()} of {loaded.block_count} blocks finished; go on with --resume")
+        return {"calibration_s": seconds}
+    if lazy or device != "cpu":  # the graphs are traced from the whole model in memory
+        loaded = load_model(options.model, revision=options.revision)
+    quantized = None if config is None or state is None else assemble(loaded, config, state)
+    _write(options, console, loaded, quantized, sample, describe_source(options.calib, samples))
+    if state is not None and not options.keep_state:
+        state.remove()
+    bits = 32.0 if quantized is None else effective_bits(quantized.sites)
+    label = "float32" if quantized is None else f"{quantized.config.scheme}, {bits:.2f} effective bits a weight"
+    console.print(f"{options.out}: {label}")
+    return {"calibration_s": seconds, "effective_bits": bits}
+
+
+def calibrate(
+    loaded: LoadedModel,
+    config: QuantConfig,
+    state: CalibrationState,
+    encoded: list[dict[str, torch.Tensor]],
+    options: ExportOptions,
+    processes: Processes,
+    progress: Progress,
+) -> float:
+    """Calibrate the blocks that the state does not hold yet; returns the seconds it took."""
+    finished = processes.gather(state.start(resume=options.resume) if processes.main else 0)[0]
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="splitq-activations-", dir=state.folder.parent) as scratch:
+        store = ActivationStore(Path(scratch), _activation_budget(loaded, config, options))
+        run = Calibration(loaded, config, state, store, options.seed, processes)
+        blocks = loaded.block_count if options.stop_after is None else options.stop_after
+        steps = run.steps() * blocks // loaded.block_count
+        tasks = {"block": progress.add_task("calibrate", total=steps)}
+
+        def advance(what: str, count: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=2 * loaded.block_count)
+            progress.advance(tasks[what], count)
+
+        run.progress = advance
+        run.run(encoded, finished=finished, stop_after=options.stop_after)
+    return time.monotonic() - begin
+
+
+def _activation_budget(loaded: LoadedModel, config: QuantConfig, options: ExportOptions) -> int | None:
+    """Bytes of hidden states that may stay in memory: the limit less the process and the working set of a block."""
+    if options.memory_limit is None:
+        return None
+    block = sum(p.numel() for p in loaded.language_blocks()[0].parameters()) * 4
+    working = block * (10 if config.learning.epochs else 4)
+    return max(0, options.memory_limit - resident_bytes() - working)
+
+
+def resident_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _header(
+    options: ExportOptions, config: QuantConfig, samples: list[CalibrationSample], loaded: LoadedModel
+) -> dict[str, Any]:
+    """What the integers depend on."""
+    chats = hashlib.sha256(repr([sample.messages for sample in samples]).encode()).hexdigest()
+    return {
+        "model": Path(options.model).name,
+        "model_config": hashlib.sha256(repr(loaded.model.config.to_dict()).encode()).hexdigest(),
+        "recipe": config.to_dict(),
+        "seed": options.seed,
+        "samples": len(samples),
+        "samples_sha256": chats,
+    }
+
+
+def _write(
+    options: ExportOptions,
+    console: Console,
+    loaded: LoadedModel,
+    quantized: QuantizedModel | None,
+    sample: dict[str, torch.Tensor],
+    source: dict[str, object],
+) -> None:
+    """Write the folder, check it against torch, give it its name."""
     request = ExportRequest(
         flavour=options.flavour,
-        sample=sample,
-        calibration=None if config is None else describe_source(options.calib, samples),
+        sample={name: value for name, value in sample.items() if name != "answer"},
+        calibration=None if quantized is None else source,
         seed=options.seed,
     )
     with staged_folder(options.out, force=options.force) as staging:
@@ -79,18 +204,13 @@ def run_export(options: ExportOptions, console: Console) -> None:
             raise SplitQError(
                 "export: a graph differs from torch by more than its limit (table above); please report it"
             )
-    if quantized is not None:
-        console.print(
-            f"{options.out}: {quantized.config.scheme}, {effective_bits(quantized.sites):.2f} effective bits a weight"
-        )
-    else:
-        console.print(f"{options.out}: float32")
 
 
-def _config(options: ExportOptions) -> QuantConfig | None:
+def chosen_config(options: ExportOptions) -> QuantConfig | None:
+    """The recipe that the options name, None for float."""
     if options.recipe is not None:
         return load_recipe(options.recipe)
-    return None if options.scheme == "none" else preset(options.scheme)
+    return None if options.scheme == "none" else method_config(options.method, preset(options.scheme))
 
 
 def _check_not_inside(out: Path, model: str) -> None:
@@ -99,23 +219,15 @@ def _check_not_inside(out: Path, model: str) -> None:
         raise SplitQError(f"output {out}: expected a folder outside the model's, it lies in {model}; choose another")
 
 
-def _quantize(
-    loaded: LoadedModel, config: QuantConfig, batches: list[dict[str, torch.Tensor]], progress: Progress, *, seed: int
-) -> QuantizedModel:
-    task = progress.add_task("calibrate", total=len(batches))
-    stats = collect_stats(loaded, batches, progress=lambda: progress.advance(task))
-    learning = config.learning
-    task = progress.add_task("quantize", total=len(loaded.language_blocks()) * max(learning.epochs, 1))
-    block_batches = []
-    if learning.epochs:
-        pad = loaded.processor.tokenizer.pad_token_id
-        padded = padded_batches(batches, learning.batch, 0 if pad is None else pad)
-        block_batches = first_block_batches(loaded, padded)
-    return quantize_model(loaded, config, stats, block_batches, seed=seed, progress=lambda: progress.advance(task))
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def progress_bars(console: Console) -> Progress:
+    """The bars of long commands."""
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console)
 
 

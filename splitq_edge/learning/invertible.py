@@ -12,11 +12,11 @@ def cayley(skew_source: torch.Tensor) -> torch.Tensor:
     """Orthogonal matrix (I + K)^-1 (I - K) of the skew-symmetric part K of the strict upper triangle.
 
     Args:
-        skew_source: [n, n] float32; zero gives the identity.
+        skew_source: [..., n, n] float32; zero gives the identity.
     """
     upper = skew_source.triu(1)
-    skew = upper - upper.T
-    eye = torch.eye(skew.shape[0])
+    skew = upper - upper.mT
+    eye = torch.eye(skew.shape[-1], device=skew.device)
     return torch.linalg.solve(eye + skew, eye - skew)
 
 
@@ -32,13 +32,12 @@ class InvertibleMatrix(nn.Module):
         n = start.shape[0]
         self.start: torch.Tensor
         self.register_buffer("start", start.clone())
-        self.left = nn.Parameter(torch.zeros(n, n))
-        self.right = nn.Parameter(torch.zeros(n, n))
-        self.log_s = nn.Parameter(torch.zeros(n))
+        self.rotations = nn.Parameter(torch.zeros(2, n, n, device=start.device))  # A and B
+        self.log_s = nn.Parameter(torch.zeros(n, device=start.device))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P and its inverse, both [n, n] float32."""
-        u = self.start @ cayley(self.left)
-        v = cayley(self.right)
+        left, v = cayley(self.rotations)
+        u = self.start @ left
         s = (MAX_LOG * torch.tanh(self.log_s / MAX_LOG)).exp()
         return (u * s) @ v.T, (v / s) @ u.T

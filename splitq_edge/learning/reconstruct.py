@@ -5,31 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from splitq_edge.calibration.block_inputs import BlockBatch, BlockInputs, block_output
 from splitq_edge.config import LearningConfig
 from splitq_edge.learning.site import TrainableSite
-from splitq_edge.modality import ModalityContext
-
-
-@dataclass(frozen=True)
-class BlockBatch:
-    """What a block receives for one batch of calibration samples.
-
-    Attributes:
-        hidden: [batch, sequence, hidden] float32.
-        kwargs: the block's other arguments (mask, position embeddings, ...), the same for every block.
-        modality: [batch, sequence] int8.
-        keep: [batch, sequence] bool, False for padding.
-    """
-
-    hidden: torch.Tensor
-    kwargs: dict[str, Any]
-    modality: torch.Tensor
-    keep: torch.Tensor
+from splitq_edge.modality import VISION, ModalityContext
+from splitq_edge.parallel import Processes
 
 
 @dataclass(frozen=True)
@@ -45,31 +29,59 @@ class BlockResult:
     after: float
 
 
-def block_output(block: nn.Module, batch: BlockBatch, context: ModalityContext) -> torch.Tensor:
-    """Run a block on a batch: [batch, sequence, hidden]."""
-    with context.using(batch.modality):
-        output = block(batch.hidden, **batch.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+@dataclass(frozen=True)
+class BlockTask:
+    """One block to learn.
+
+    Attributes:
+        block: decoder block whose linears answer through `sites`.
+        sites: its trainable sites.
+        inputs: batches; the stream "target" holds the float block's outputs.
+        stream: what the block receives: "float" or "quantized".
+        context: carries the modality mask.
+        processes: who learns with us.
+        modality_weights: weight of text and of vision tokens in the loss.
+    """
+
+    block: nn.Module
+    sites: Sequence[TrainableSite]
+    inputs: BlockInputs
+    stream: str
+    context: ModalityContext
+    processes: Processes
+    modality_weights: tuple[float, float] = (1.0, 1.0)
+
+    def squared_error(self, number: int) -> torch.Tensor:
+        """Weighted squared error of a batch, a scalar with gradient."""
+        batch = self.inputs.batch(number)
+        target = self.inputs.get("target", number)
+        weights = token_weights(batch, self.inputs.get("float", number), target, self.modality_weights)
+        output = block_output(self.block, self.inputs.get(self.stream, number), batch, self.context)
+        return ((output - target).square() * weights).sum()
 
 
-def token_weights(batch: BlockBatch, target: torch.Tensor) -> torch.Tensor:
+def token_weights(
+    batch: BlockBatch,
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    modality_weights: tuple[float, float] = (1.0, 1.0),
+) -> torch.Tensor:
     """Weight of every token in the loss, [batch, sequence, 1].
 
     Some tokens (the first above all) have updates hundreds of times larger than the rest; a plain mean over tokens
-    would be a loss about them alone. Their energy is capped at the median token's.
+    would be a loss about them alone. Their energy is capped at the median of their sample.
     """
-    energy = (target - batch.hidden).square().mean(-1, keepdim=True)
-    median = energy[batch.keep].median().clamp(min=1e-12)
-    return batch.keep.unsqueeze(-1) / (energy / median).clamp(min=1)
+    energy = (target - hidden).square().mean(-1)  # [batch, sequence]
+    known = torch.where(batch.keep, energy, torch.nan)
+    median = known.nanmedian(-1, keepdim=True).values.clamp(min=1e-12)
+    text, vision = modality_weights
+    by_modality = torch.where(batch.modality == VISION, vision, text)
+    return (batch.keep * by_modality / (energy / median).clamp(min=1)).unsqueeze(-1)
 
 
 def learn_block(
-    block: nn.Module,
-    sites: Sequence[TrainableSite],
-    batches: Sequence[BlockBatch],
-    targets: Sequence[torch.Tensor],
+    task: BlockTask,
     config: LearningConfig,
-    context: ModalityContext,
     generator: torch.Generator,
     *,
     progress: Callable[[], None] | None = None,
@@ -77,73 +89,78 @@ def learn_block(
     """Train the sites of one block; they are already in place of its linears.
 
     Args:
-        block: decoder block whose linears answer through `sites`.
-        sites: its trainable sites.
-        batches: inputs of the block.
-        targets: outputs of the float block, one a batch.
+        task: the block, its data and its company.
         config: epochs and learning rates.
-        context: carries the modality mask.
         generator: order of the batches.
         progress: called after every epoch.
 
     Returns:
         The relative error before and after.
     """
-    weights = [token_weights(batch, target) for batch, target in zip(batches, targets, strict=True)]
-    scale = 1 / _energy(batches, targets, weights)
-    before = _error(block, batches, targets, weights, scale, context)
+    scale = 1 / _energy(task)
+    before = block_error(task, scale)
     rates = {"transform": config.transform_lr, "clip": config.clip_lr, "gate": config.gate_lr}
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
-    for site in sites:
+    for site in task.sites:
         for kind, parameters in site.parameter_groups().items():
             kinds[kind] += parameters
+    parameters = [parameter for group in kinds.values() for parameter in group]
     optimizer = torch.optim.AdamW(
-        [{"params": kinds[kind], "lr": rates[kind]} for kind in rates if kinds[kind]], weight_decay=0.0
+        [{"params": kinds[kind], "lr": rates[kind]} for kind in rates if kinds[kind]], weight_decay=0.0, fused=True
     )
-    steps = config.epochs * len(batches)
+    count = len(task.inputs)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1e-3 + (1 - 1e-3) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer, lambda step: 1e-3 + (1 - 1e-3) * 0.5 * (1 + math.cos(math.pi * step / (config.epochs * count)))
     )
-    start = [_state(site) for site in sites]
+    start = [_state(site) for site in task.sites]
+    own = set(task.inputs.own)
     for _ in range(config.epochs):
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            output = block_output(block, batches[index], context)
-            loss = ((output - targets[index]).square() * weights[index]).sum() * (scale * len(batches))
+        for number in torch.randperm(count, generator=generator).tolist():
             optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for group in kinds.values() for p in group], 1.0)
+            if number in own:
+                (task.squared_error(number) * (scale * count)).backward()
+            _sum_gradients(parameters, task.processes)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
         if progress is not None:
             progress()
-    after = _error(block, batches, targets, weights, scale, context)
+    after = block_error(task, scale)
     if not after < before:  # also when it is NaN
-        for site, state in zip(sites, start, strict=True):
+        for site, state in zip(task.sites, start, strict=True):
             site.load_state_dict(state)
         after = before
     return BlockResult(before, after)
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> None:
+    if processes.size == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = processes.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.reshape(parameter.shape)
 
 
 def _state(site: TrainableSite) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in site.state_dict().items()}
 
 
-def _energy(batches: Sequence[BlockBatch], targets: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> float:
+@torch.no_grad()
+def _energy(task: BlockTask) -> float:
     """Weighted energy of the float block's update, the unit of the loss."""
-    parts = zip(batches, targets, weights, strict=True)
-    return max(sum(((t - b.hidden).square() * w).sum().item() for b, t, w in parts), 1e-12)
+    total = torch.zeros((), device=task.inputs.device)
+    for number in task.inputs.own:
+        hidden, target = task.inputs.get("float", number), task.inputs.get("target", number)
+        weights = token_weights(task.inputs.batch(number), hidden, target, task.modality_weights)
+        total += ((target - hidden).square() * weights).sum()
+    return max(float(task.processes.sum(total)), 1e-12)
 
 
 @torch.no_grad()
-def _error(
-    block: nn.Module,
-    batches: Sequence[BlockBatch],
-    targets: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    scale: float,
-    context: ModalityContext,
-) -> float:
-    total = 0.0
-    for batch, target, weight in zip(batches, targets, weights, strict=True):
-        total += ((block_output(block, batch, context) - target).square() * weight).sum().item()
-    return total * scale
+def block_error(task: BlockTask, scale: float | None = None) -> float:
+    """Relative error of the block as it is now; see `BlockResult`."""
+    total = torch.zeros((), device=task.inputs.device)
+    for number in task.inputs.own:
+        total += task.squared_error(number)
+    return float(task.processes.sum(total)) * (1 / _energy(task) if scale is None else scale)

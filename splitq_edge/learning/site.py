@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,15 +12,26 @@ from torch import nn
 from splitq_edge.config import QuantConfig
 from splitq_edge.correction.low_rank import quantize_low_rank, rank_of, svd_anchor
 from splitq_edge.learning.invertible import InvertibleMatrix
+from splitq_edge.methods.scales import ScaleInputs, start_scale
 from splitq_edge.modality import TEXT, ModalityContext
 from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear
-from splitq_edge.quant.affine import dequantize_weight, quantize_weight
+from splitq_edge.quant.affine import dequantize_weight, expand_scale, quantize_weight, weight_scale
+from splitq_edge.quant.clipping import search_activation_clip, search_weight_clip
 from splitq_edge.quant.fake import fake_quantize_rows, fake_quantize_weight
-from splitq_edge.quant.transforms import apply_transform, factor_pair, invert_into_weight, orthogonal_start
+from splitq_edge.quant.rounding import gptq_codes
+from splitq_edge.quant.transforms import (
+    apply_inverse,
+    apply_transform,
+    factor_pair,
+    invert_into_weight,
+    orthogonal_start,
+)
 from splitq_edge.splitting.plan import SplitPlan
 
 CLIP_LOGIT = 4.0  # sigmoid(4) = 0.982, FlatQuant's start
 NO_CLIP_LOGIT = 30.0  # sigmoid is 1 in float32: what is not learned does not clip
+
+Matrices = tuple[torch.Tensor, ...] | None  # P1, P1^-1, P2, P2^-1
 
 
 @dataclass(frozen=True)
@@ -49,29 +62,29 @@ class TrainableGroup(nn.Module):
         self.p1: InvertibleMatrix | None = None
         self.p2: InvertibleMatrix | None = None
         width = channels.numel()
+        device = channels.device
         if transform != "identity":
             a, b = factor_pair(width)
-            self.p1, self.p2 = InvertibleMatrix(orthogonal_start(a)), InvertibleMatrix(orthogonal_start(b))
+            self.p1 = InvertibleMatrix(orthogonal_start(a).to(device))
+            self.p2 = InvertibleMatrix(orthogonal_start(b).to(device))
         blocks = -(-width // setting.group_size) if setting.group_size else 0
         shape = (blocks, outputs) if blocks else (outputs,)
-        self.weight_clip = nn.Parameter(torch.full(shape, setting.clip_logit))
-        self.activation_clip = nn.Parameter(torch.tensor(setting.clip_logit))
+        self.weight_clip = nn.Parameter(torch.full(shape, setting.clip_logit, device=device))
+        self.activation_clip = nn.Parameter(torch.tensor(setting.clip_logit, device=device))
 
-    def matrices(self) -> tuple[torch.Tensor, ...] | None:
+    def matrices(self) -> Matrices:
         """P1, P1^-1, P2, P2^-1, or None for the identity."""
         if self.p1 is None or self.p2 is None:
             return None
         return (*self.p1(), *self.p2())
 
-    def transform(self, rows: torch.Tensor, matrices: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    def transform(self, rows: torch.Tensor, matrices: Matrices) -> torch.Tensor:
         """Activation side, [..., K_g]."""
         return rows if matrices is None else apply_transform(rows, matrices[0], matrices[2])
 
-    def untransform(self, weight: torch.Tensor, matrices: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-        """P^-1 W, [K_g, N]: (P1^-1 ⊗ P2^-1) applied to the rows."""
-        if matrices is None:
-            return weight
-        return apply_transform(weight.T, matrices[1].T, matrices[3].T).T
+    def untransform(self, weight: torch.Tensor, matrices: Matrices) -> torch.Tensor:
+        """P^-1 W, [K_g, N]."""
+        return weight if matrices is None else apply_inverse(weight, matrices[1], matrices[3])
 
     def quantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Fake-quantized activations."""
@@ -84,6 +97,16 @@ class TrainableGroup(nn.Module):
         return fake_quantize_weight(weight, self.setting.bits, group_size=self.setting.group_size, clip=clip)
 
 
+@dataclass(frozen=True)
+class _GroupTarget:
+    """What the integers of a group are made from: the weight behind P, CWS taken away, and its scale."""
+
+    p1: torch.Tensor | None
+    p2: torch.Tensor | None
+    weight: torch.Tensor  # [K_g, N]
+    scale: torch.Tensor  # [N] or [groups, N]
+
+
 class TrainableSite(nn.Module):
     """The differentiable twin of `SplitLinear`.
 
@@ -93,7 +116,11 @@ class TrainableSite(nn.Module):
         plan: channel groups.
         config: the recipe.
         context: modality of the running pass.
-        input_absmax: [K] float32, for the start of the channel scale; None leaves the scale at one.
+        inputs: calibration rows, from which scale and clips start; None starts them at one.
+
+    Attributes:
+        quantize: False leaves every quantizer out; then the site equals the float linears.
+        without: branches left out for reports: "cws", "mac" or both.
     """
 
     def __init__(
@@ -103,23 +130,30 @@ class TrainableSite(nn.Module):
         plan: SplitPlan,
         config: QuantConfig,
         context: ModalityContext,
-        input_absmax: torch.Tensor | None = None,
+        inputs: ScaleInputs | None = None,
     ) -> None:
         super().__init__()
         self.name, self.plan, self.config, self.context = name, plan, config, context
-        self.float_only = False  # True: answer with the float weight
-        self.weight = torch.cat([linear.weight.detach().float() for linear in linears]).T.contiguous()  # [K, N]
+        self.quantize = True
+        self.without: frozenset[str] = frozenset()
+        self.weight = merged_weight(linears)  # [K, N]
         self.bias = _merged_bias(linears)
         outputs = self.out_features = self.weight.shape[1]
-        self.log_scale = nn.Parameter(_scale_start(input_absmax, self.weight))
+        device = self.weight.device
+        start = torch.zeros(self.weight.shape[0], device=device) if inputs is None else start_scale(inputs, config)
+        self.log_scale = nn.Parameter(start)
         self.groups = nn.ModuleDict(
             {
-                group: TrainableGroup(channels, outputs, _setting(config, group), config.transform)
+                group: TrainableGroup(channels.to(device), outputs, _setting(config, group), config.transform)
                 for group, channels in (("main", plan.main), ("text", plan.text), ("vision", plan.vision))
                 if channels.numel()
             }
         )
+        self._hessian: torch.Tensor | None = None
+        self._observing = False
         self._start_low_rank()
+        if inputs is not None:
+            self._start_clips(inputs)
 
     def _start_low_rank(self) -> None:
         """SVD anchor of the scaled main weight (eq. 20-21); gates are the singular values to begin with."""
@@ -129,51 +163,97 @@ class TrainableSite(nn.Module):
         self.rank = max(self.cws_rank, self.mac_rank)
         if not self.rank:
             return
-        main = self.plan.main
+        main = self._group("main").channels
         self.anchor_scale = self.log_scale.detach()[main].clone()
         self.anchor = svd_anchor(self.weight[main] * self.anchor_scale.exp()[:, None], self.rank)
         self.v = dequantize_weight(*quantize_weight(self.anchor.v, self.config.correction.bits))
-        self.gate_cws = nn.Parameter(torch.ones(self.cws_rank))
-        self.gate_mac = nn.Parameter(torch.ones(self.mac_rank))
+        self.gate_cws = nn.Parameter(torch.ones(self.cws_rank, device=main.device))
+        self.gate_mac = nn.Parameter(torch.ones(self.mac_rank, device=main.device))
+
+    @torch.no_grad()
+    def _start_clips(self, inputs: ScaleInputs) -> None:
+        """Clip factors by search, where the recipe asks for it."""
+        clip, learned = self.config.clip, self.config.learning.epochs > 0
+        rows = torch.cat([inputs.text_rows, inputs.vision_rows])
+        groups = self._transformed_groups(rows)
+        for name, (transformed, target) in groups.items():
+            group = self._group(name)
+            s = group.setting
+            if clip.activation == "search":
+                factor = search_activation_clip(
+                    transformed, s.activation_bits, symmetric=s.symmetric, largest=clip.activation_max
+                )
+                group.activation_clip.fill_(_logit(torch.tensor(factor), learned=learned))
+            elif clip.activation_max < 1:
+                group.activation_clip.fill_(_logit(torch.tensor(clip.activation_max), learned=learned))
+            if clip.weight == "search":
+                importance = transformed.square().mean(0) if transformed.shape[0] else None
+                factors = search_weight_clip(target, s.bits, group_size=s.group_size, importance=importance)
+                group.weight_clip.copy_(_logit(factors, learned=learned))
+
+    def _transformed_groups(self, rows: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """By group: rows behind scale and P [T, K_g], and the weight behind both, CWS taken away [K_g, N]."""
+        scale = self.log_scale.exp()
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name in self.groups:
+            group = self._group(name)
+            matrices = group.matrices()
+            transformed = group.transform((rows / scale)[..., group.channels], matrices)
+            weight = group.untransform(self.weight[group.channels] * scale[group.channels, None], matrices)
+            if name == "main" and self.cws_rank:
+                weight = weight - self._smooth(self._factor_u(matrices))
+            found[name] = (transformed, weight)
+        return found
+
+    def _group(self, name: str) -> TrainableGroup:
+        group = self.groups[name]
+        assert isinstance(group, TrainableGroup)
+        return group
 
     def _anchor_u(self) -> torch.Tensor:
         """U_r [K_m, R], following the channel scale as it moves away from the anchor's."""
-        return self.anchor.u * (self.log_scale[self.plan.main] - self.anchor_scale).exp()[:, None]
+        return self.anchor.u * (self.log_scale[self._group("main").channels] - self.anchor_scale).exp()[:, None]
 
-    def _factor_u(self, matrices: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    def _factor_u(self, matrices: Matrices) -> torch.Tensor:
         """Fake-quantized U = P^-1 U_r [K_m, R]."""
-        group = self.groups["main"]
-        assert isinstance(group, TrainableGroup)
-        return fake_quantize_weight(group.untransform(self._anchor_u(), matrices), self.config.correction.bits)
+        u = self._group("main").untransform(self._anchor_u(), matrices)
+        return fake_quantize_weight(u, self.config.correction.bits) if self.quantize else u
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., K] float32 -> [..., N] float32, everything fake-quantized."""
-        if self.float_only:
-            output = x @ self.weight
-            return output if self.bias is None else output + self.bias
         scale = self.log_scale.exp()
         x = x / scale
         rows, weights = [], []
         compensation: torch.Tensor | None = None
-        for name, group in self.groups.items():
-            assert isinstance(group, TrainableGroup)
+        for name in self.groups:
+            group = self._group(name)
             matrices = group.matrices()
             transformed = group.transform(x[..., group.channels], matrices)
-            quantized = group.quantize_rows(transformed)
+            quantized = group.quantize_rows(transformed) if self.quantize else transformed
             weight = group.untransform(self.weight[group.channels] * scale[group.channels, None], matrices)
             if name == "main" and self.rank:
                 u = self._factor_u(matrices)
-                smooth = self._smooth(u)
-                weight = group.quantize_weight(weight - smooth) + smooth
+                weight = self._smoothed(weight, u)
                 compensation = self._compensate(transformed - quantized, u)
-            else:
+            elif self.quantize:
                 weight = group.quantize_weight(weight)
             rows.append(quantized)
             weights.append(weight)
-        output = torch.cat(rows, -1) @ torch.cat(weights)
+        activations = torch.cat(rows, -1)
+        self._observe(activations)
+        output = activations @ torch.cat(weights)
         if compensation is not None:
             output = output + compensation
         return output if self.bias is None else output + self.bias
+
+    def _smoothed(self, weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Q(B - U_s V_s) + U_s V_s of the main group (eq. 17)."""
+        group = self._group("main")
+        if not self.cws_rank or "cws" in self.without:
+            return group.quantize_weight(weight) if self.quantize else weight
+        smooth = self._smooth(u)
+        rest = weight - smooth
+        return (group.quantize_weight(rest) if self.quantize else rest) + smooth
 
     def _smooth(self, u: torch.Tensor) -> torch.Tensor:
         """CWS product U_s diag(S G_s) V_s [K_m, N] (eq. 16-17)."""
@@ -182,9 +262,10 @@ class TrainableSite(nn.Module):
 
     def _compensate(self, residual: torch.Tensor, u: torch.Tensor) -> torch.Tensor | None:
         """MAC term (eq. 18-19) on text rows or all."""
-        if not self.mac_rank:
+        if not self.mac_rank or "mac" in self.without:
             return None
-        residual = fake_quantize_rows(residual, self.config.correction.residual_bits)
+        if self.quantize:
+            residual = fake_quantize_rows(residual, self.config.correction.residual_bits)
         gate = self.anchor.singular[: self.mac_rank] * self.gate_mac
         term = (residual @ u[:, : self.mac_rank] * gate) @ self.v[: self.mac_rank]
         if self.config.correction.mac_rows == "all":
@@ -192,39 +273,54 @@ class TrainableSite(nn.Module):
         assert self.context.mask is not None, f"{self.name}: no modality mask while learning"
         return term * (self.context.mask == TEXT).float().reshape(*term.shape[:-1], 1)
 
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within the block, forwards add A^T A of the quantized activations to the matrix that GPTQ uses."""
+        self._observing = True
+        try:
+            yield
+        finally:
+            self._observing = False
+
+    def _observe(self, activations: torch.Tensor) -> None:
+        if not self._observing:
+            return
+        keep = self.context.keep
+        rows = activations.reshape(-1, activations.shape[-1]) if keep is None else activations[keep]
+        product = rows.T @ rows
+        self._hessian = product if self._hessian is None else self._hessian.add_(product)
+
+    def take_hessian(self) -> torch.Tensor | None:
+        """What `observing` summed up, [K, K] in the order main, text, vision; forgotten afterwards."""
+        hessian, self._hessian = self._hessian, None
+        return hessian
+
     @torch.no_grad()
-    def freeze(self) -> SplitLinear:
-        """The quantized site with the learned values: integers, scales, factors."""
-        order = self.plan.order
-        scale = self.log_scale.exp()
-        groups: dict[str, GroupWeights] = {}
+    def freeze(self, hessian: torch.Tensor | None = None) -> SplitLinear:
+        """The quantized site with the learned values: integers, scales, factors.
+
+        Args:
+            hessian: [K, K] of `take_hessian` for GPTQ rounding, None for nearest.
+        """
         correction: Correction | None = None
-        for name, group in self.groups.items():
-            assert isinstance(group, TrainableGroup)
-            matrices = group.matrices()
-            p1, p2 = (None, None) if matrices is None else (matrices[0].clone(), matrices[2].clone())
-            weight = self.weight[group.channels] * scale[group.channels, None]
-            target = weight if p1 is None or p2 is None else invert_into_weight(weight, p1, p2)
-            if name == "main" and self.rank:
-                c = self.config.correction
-                low_rank = quantize_low_rank(
-                    replace(self.anchor, u=self._anchor_u()),
-                    p1,
-                    p2,
-                    gate_cws=self.gate_cws,
-                    gate_mac=self.gate_mac,
-                    bits=c.bits,
-                )
-                if self.cws_rank:
-                    target = target - low_rank.cws_product()
-                correction = Correction(
-                    **vars(low_rank), bits=c.bits, residual_bits=c.residual_bits, mac_rows=c.mac_rows
-                )
-            s = group.setting
-            clip = torch.sigmoid(group.weight_clip)
-            qweight, weight_scale = quantize_weight(target, s.bits, group_size=s.group_size, clip=clip)
-            groups[name] = GroupWeights(qweight, weight_scale, p1, p2, s.bits, s.activation_bits)
-            groups[name] = replace(groups[name], clip=float(torch.sigmoid(group.activation_clip)))
+        targets: dict[str, _GroupTarget] = {}
+        for name in self.groups:
+            targets[name], correction = self._target(name, correction)
+        codes = self._codes(targets, hessian)
+        groups = {
+            name: GroupWeights(
+                codes[name],
+                target.scale,
+                target.p1,
+                target.p2,
+                self._group(name).setting.bits,
+                self._group(name).setting.activation_bits,
+                clip=float(torch.sigmoid(self._group(name).activation_clip)),
+            )
+            for name, target in targets.items()
+        }
+        order = self.plan.order.to(self.weight.device)
+        scale = self.log_scale.exp()
         return SplitLinear(
             self.name,
             order=order,
@@ -237,6 +333,53 @@ class TrainableSite(nn.Module):
             activation_symmetric=self.config.activation_symmetric,
         )
 
+    def _target(self, name: str, correction: Correction | None) -> tuple[_GroupTarget, Correction | None]:
+        group = self._group(name)
+        scale = self.log_scale.exp()
+        matrices = group.matrices()
+        p1, p2 = (None, None) if matrices is None else (matrices[0].clone(), matrices[2].clone())
+        weight = self.weight[group.channels] * scale[group.channels, None]
+        target = weight if p1 is None or p2 is None else invert_into_weight(weight, p1, p2)
+        if name == "main" and self.rank:
+            c = self.config.correction
+            low_rank = quantize_low_rank(
+                replace(self.anchor, u=self._anchor_u()),
+                p1,
+                p2,
+                gate_cws=self.gate_cws,
+                gate_mac=self.gate_mac,
+                bits=c.bits,
+            )
+            if self.cws_rank:
+                target = target - low_rank.cws_product()
+            correction = Correction(**vars(low_rank), bits=c.bits, residual_bits=c.residual_bits, mac_rows=c.mac_rows)
+        s = group.setting
+        clip = torch.sigmoid(group.weight_clip)
+        return _GroupTarget(p1, p2, target, weight_scale(target, s.bits, group_size=s.group_size, clip=clip)), correction
+
+    def _codes(self, targets: dict[str, _GroupTarget], hessian: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """int8 codes [K_g, N] of every group; GPTQ lets the error of one group flow into the next."""
+        settings = {name: self._group(name).setting for name in targets}
+        if hessian is None:
+            return {
+                name: quantize_weight(
+                    target.weight,
+                    settings[name].bits,
+                    group_size=settings[name].group_size,
+                    clip=torch.sigmoid(self._group(name).weight_clip),
+                )[0]
+                for name, target in targets.items()
+            }
+        widths = [target.weight.shape[0] for target in targets.values()]
+        weight = torch.cat([target.weight for target in targets.values()])
+        scales = [
+            expand_scale(target.scale, width, settings[name].group_size).expand(width, -1)
+            for (name, target), width in zip(targets.items(), widths, strict=True)
+        ]
+        bits = torch.cat([torch.full((width,), settings[name].bits) for name, width in zip(targets, widths, strict=True)])
+        codes = gptq_codes(weight, hessian, torch.cat(scales), bits)
+        return {name: part.contiguous() for name, part in zip(targets, codes.split(widths), strict=True)}
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by kind: "transform" (P and channel scale), "clip", "gate"."""
         kinds: dict[str, list[nn.Parameter]] = {"transform": [], "clip": [], "gate": []}
@@ -246,6 +389,18 @@ class TrainableSite(nn.Module):
         return kinds
 
 
+def merged_weight(linears: list[nn.Linear]) -> torch.Tensor:
+    """The weights of a site side by side, [K, N] float32."""
+    return torch.cat([linear.weight.detach().float() for linear in linears]).T.contiguous()
+
+
+def _logit(factor: torch.Tensor, *, learned: bool) -> torch.Tensor:
+    """Logit of a clip factor; what will be learned stays where the sigmoid still has a slope."""
+    if learned:
+        return torch.logit(factor.clamp(max=torch.sigmoid(torch.tensor(CLIP_LOGIT)).item()))
+    return torch.where(factor >= 1, torch.full_like(factor, NO_CLIP_LOGIT), torch.logit(factor, eps=1e-6))
+
+
 def _setting(config: QuantConfig, group: str) -> GroupSetting:
     logit = CLIP_LOGIT if config.learning.epochs else NO_CLIP_LOGIT
     if group == "main":
@@ -253,15 +408,12 @@ def _setting(config: QuantConfig, group: str) -> GroupSetting:
     return GroupSetting(config.split.bits, config.split.activation_bits, 0, True, logit)
 
 
-def _scale_start(input_absmax: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """SmoothQuant's balance sqrt(|x| / |w|) per channel, normalized to geometric mean one, as a logarithm [K]."""
-    if input_absmax is None:
-        return torch.zeros(weight.shape[0])
-    start = 0.5 * (input_absmax.clamp(min=1e-4).log() - weight.abs().amax(1).clamp(min=1e-4).log())
-    return start - start.mean()
-
-
 def _merged_bias(linears: list[nn.Linear]) -> torch.Tensor | None:
     if all(linear.bias is None for linear in linears):
         return None
-    return torch.cat([torch.zeros(x.out_features) if x.bias is None else x.bias.detach().float() for x in linears])
+    return torch.cat(
+        [
+            linear.weight.new_zeros(linear.out_features).float() if linear.bias is None else linear.bias.detach().float()
+            for linear in linears
+        ]
+    )

@@ -83,13 +83,19 @@ def quantize_weight(
     Returns:
         qweight [K, N] int8 and scale [N] or [ceil(K / group_size), N] float32.
     """
-    if group_size == 0:
-        scale = symmetric_scale(weight.abs().amax(0), bits, clip)
-        return quantize_symmetric(weight, scale, bits).to(torch.int8), scale
-    absmax = torch.stack([part.abs().amax(0) for part in weight.split(group_size)])
-    scale = symmetric_scale(absmax, bits, clip)
+    scale = weight_scale(weight, bits, group_size=group_size, clip=clip)
     codes = quantize_symmetric(weight, expand_scale(scale, weight.shape[0], group_size), bits)
     return codes.to(torch.int8), scale
+
+
+def weight_scale(
+    weight: torch.Tensor, bits: int, *, group_size: int = 0, clip: float | torch.Tensor = 1.0
+) -> torch.Tensor:
+    """The scale of `quantize_weight`, [N] or [ceil(K / group_size), N] float32."""
+    if group_size == 0:
+        return symmetric_scale(weight.abs().amax(0), bits, clip)
+    absmax = torch.stack([part.abs().amax(0) for part in weight.split(group_size)])
+    return symmetric_scale(absmax, bits, clip)
 
 
 def expand_scale(scale: torch.Tensor, rows: int, group_size: int) -> torch.Tensor:

@@ -6,14 +6,40 @@ the largest element, so clips and transforms can be learned.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from splitq_edge.quant.affine import SCALE_FLOOR, code_range, expand_scale, symmetric_scale
+from splitq_edge.quant.affine import SCALE_FLOOR, code_range, expand_scale, symmetric_scale, weight_scale
 
 
-def round_through(x: torch.Tensor) -> torch.Tensor:
-    """Round half to even with gradient 1."""
-    return x + (torch.round(x) - x).detach()
+class _FakeQuantize(torch.autograd.Function):
+    """round(x / scale) clamped to [low, high], times scale; written out because autograd would keep five tensors."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor
+    ) -> torch.Tensor:
+        ratio = x * (1.0 / scale)
+        ctx.save_for_backward(ratio, scale, *(v for v in (low, high) if isinstance(v, torch.Tensor)))
+        ctx.bounds = None if isinstance(low, torch.Tensor) else (low, high)
+        return torch.round(ratio).clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        ratio, scale, *tensors = ctx.saved_tensors
+        low, high = ctx.bounds or tensors
+        codes = torch.round(ratio)
+        inside = (codes >= low) & (codes <= high)
+        passed = gradient * inside
+        to_scale: torch.Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            # d/d scale = code - ratio inside the range, the clamped code outside
+            slope = codes.clamp_(low, high).sub_(ratio * inside)
+            to_scale = (gradient * slope).sum_to_size(scale.shape)
+        return passed, to_scale, None, None
 
 
 def fake_quantize_rows(
@@ -22,15 +48,13 @@ def fake_quantize_rows(
     """`quantize_rows` followed by dequantization. x: [..., K] float32, same shape back."""
     if symmetric:
         scale = symmetric_scale(x.abs().amax(-1, keepdim=True), bits, clip)
-        low, high = code_range(bits)
-        return round_through(x * (1.0 / scale)).clamp(low, high) * scale
+        return _FakeQuantize.apply(x, scale, *code_range(bits))  # type: ignore[no-any-return]
     top = float((1 << bits) - 1)
     high_value = x.amax(-1, keepdim=True).clamp(min=0) * clip
     low_value = x.amin(-1, keepdim=True).clamp(max=0) * clip
     scale = ((high_value - low_value) / top).clamp(min=SCALE_FLOOR)
-    inverse = 1.0 / scale
-    zero = torch.round(-low_value * inverse).clamp(0, top).detach()
-    return ((round_through(x * inverse) + zero).clamp(0, top) - zero) * scale
+    zero = torch.round(-low_value * (1.0 / scale)).clamp(0, top).detach()
+    return _FakeQuantize.apply(x, scale, -zero, top - zero)  # type: ignore[no-any-return]
 
 
 def fake_quantize_weight(
@@ -47,10 +71,5 @@ def fake_quantize_weight(
     Returns:
         [K, N] float32.
     """
-    low, high = code_range(bits)
-    if group_size == 0:
-        scale = symmetric_scale(weight.abs().amax(0), bits, clip)
-    else:
-        absmax = torch.stack([part.abs().amax(0) for part in weight.split(group_size)])
-        scale = expand_scale(symmetric_scale(absmax, bits, clip), weight.shape[0], group_size)
-    return round_through(weight * (1.0 / scale)).clamp(low, high) * scale
+    scale = weight_scale(weight, bits, group_size=group_size, clip=clip)
+    return _FakeQuantize.apply(weight, expand_scale(scale, weight.shape[0], group_size), *code_range(bits))  # type: ignore[no-any-return]

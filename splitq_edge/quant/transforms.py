@@ -77,7 +77,20 @@ def invert_into_weight(weight: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor)
     Returns:
         [a * b, N] float32; the inverses are taken in float64.
     """
-    inverse1 = torch.linalg.inv(p1.double())
-    inverse2 = torch.linalg.inv(p2.double())
-    cube = weight.double().reshape(p1.shape[0], p2.shape[0], -1)  # [a, b, N]
-    return torch.einsum("ia,jb,abn->ijn", inverse1, inverse2, cube).reshape(weight.shape).float()
+    return apply_inverse(weight.double(), torch.linalg.inv(p1.double()), torch.linalg.inv(p2.double())).float()
+
+
+def apply_inverse(weight: torch.Tensor, inverse1: torch.Tensor, inverse2: torch.Tensor) -> torch.Tensor:
+    """(P1^-1 ⊗ P2^-1) W as two matrix products over long rows.
+
+    Args:
+        weight: [a * b, N].
+        inverse1: [a, a].
+        inverse2: [b, b].
+
+    Returns:
+        [a * b, N].
+    """
+    a, b = inverse1.shape[0], inverse2.shape[0]
+    rows = inverse2 @ weight.reshape(a, b, -1)  # [a, b, N]
+    return (inverse1 @ rows.reshape(a, -1)).reshape(weight.shape)

@@ -37,7 +37,8 @@ def within_cluster_variance(sequences: torch.Tensor, clusters: int) -> torch.Ten
     Returns:
         [C] float32.
     """
-    levels = (torch.arange(clusters, dtype=sequences.dtype) * 2 + 1) / (2 * clusters)
+    steps = torch.arange(clusters, dtype=sequences.dtype, device=sequences.device)
+    levels = (steps * 2 + 1) / (2 * clusters)
     centres = torch.quantile(sequences, levels, dim=0)  # [k, C]
     for _ in range(LLOYD_STEPS):
         owner = (sequences[None] - centres[:, None]).abs().argmin(0)  # [T, C]
@@ -65,11 +66,25 @@ def choose_channels(
     Returns:
         Two ascending int64 vectors, disjoint.
     """
-    order = torch.sort(vision_scores(vision_absmax), descending=True, stable=True).indices
-    vision = order[:vision_count].sort().values
-    candidate = torch.ones(vision_absmax.numel(), dtype=torch.bool)
+    vision = largest_channels(vision_scores(vision_absmax), vision_count)
+    candidate = torch.ones(vision_absmax.numel(), dtype=torch.bool, device=vision_absmax.device)
     candidate[vision] = False
     rest = candidate.nonzero().flatten()
     scores = within_cluster_variance(percentile_ranks(text_rows[:, rest].abs()), clusters)
-    text = rest[torch.sort(scores, descending=True, stable=True).indices[:text_count]].sort().values
+    text = rest[largest_channels(scores, text_count)]
     return vision, text
+
+
+def largest_channels(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers of the `count` largest scores, ascending int64; ties go to the lower number."""
+    return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
+
+
+def halves_by_rank(scores: torch.Tensor, vision_count: int, text_count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One joint outlier set by a single score, dealt to the two groups: the larger scores to the vision group.
+
+    Returns:
+        Two ascending int64 vectors, disjoint.
+    """
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:vision_count].sort().values, order[vision_count : vision_count + text_count].sort().values

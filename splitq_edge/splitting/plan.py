@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from splitq_edge.calibration.observer import SiteStats
 from splitq_edge.config import SplitConfig
 from splitq_edge.errors import SplitQError
 from splitq_edge.quant.transforms import has_balanced_factors
-from splitq_edge.splitting.outliers import choose_channels
+from splitq_edge.splitting.outliers import choose_channels, halves_by_rank
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +84,14 @@ def outlier_width(channels: int, ratio: float, *, balanced: bool = True) -> int:
     return min(wide or totals, key=lambda total: (abs(total - 2 * ratio * channels), total))
 
 
-def plan_split(stats: SiteStats, config: SplitConfig, *, balanced: bool = True) -> SplitPlan:
-    """Choose the channels of one site by the paper's rule.
+def plan_split(stats: SiteStats, config: SplitConfig, *, balanced: bool = True, seed: int = 0) -> SplitPlan:
+    """Choose the channels of one site.
 
     Args:
         stats: calibration statistics of the site.
-        config: ratio and clusters.
+        config: ratio, rule and clusters.
         balanced: see `outlier_width`.
+        seed: of the rule "random".
 
     Raises:
         SplitQError: no text tokens were seen, so text outliers cannot be ranked.
@@ -99,16 +101,31 @@ def plan_split(stats: SiteStats, config: SplitConfig, *, balanced: bool = True) 
     every = torch.arange(channels)
     if total == 0:
         return SplitPlan(every, every[:0], every[:0])
-    if stats.text_rows.shape[0] == 0:
-        raise SplitQError(f"{stats.name}: expected text tokens in the calibration data, got none; use chat samples")
-    vision, text = choose_channels(
-        stats.vision_absmax,
-        stats.text_rows,
-        vision_count=total - total // 2,
-        text_count=total // 2,
-        clusters=config.clusters,
-    )
+    vision, text = (part.cpu() for part in _chosen(stats, config, total, seed))
     main = torch.ones(channels, dtype=torch.bool)
     main[vision] = False
     main[text] = False
     return SplitPlan(main.nonzero().flatten(), text, vision)
+
+
+def _chosen(stats: SiteStats, config: SplitConfig, total: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """C_v and C_t by the rule of the recipe."""
+    counts = total - total // 2, total // 2
+    if config.rule == "mocd":
+        if stats.text_rows.shape[0] == 0:
+            raise SplitQError(f"{stats.name}: expected text tokens in the calibration data, got none; use chat samples")
+        # Without vision tokens the largest magnitudes there are take the vision group.
+        vision_absmax = stats.vision_absmax if stats.vision_tokens else stats.text_absmax
+        return choose_channels(
+            vision_absmax,
+            stats.text_rows,
+            vision_count=counts[0],
+            text_count=counts[1],
+            clusters=config.clusters,
+        )
+    if config.rule == "random":
+        site_seed = seed ^ int.from_bytes(hashlib.sha256(stats.name.encode()).digest()[:4], "little")
+        order = torch.randperm(stats.channels, generator=torch.Generator().manual_seed(site_seed))
+        return order[: counts[0]].sort().values, order[counts[0] : total].sort().values
+    scores = {"text-max": stats.text_absmax, "vision-max": stats.vision_absmax, "all-max": stats.absmax}
+    return halves_by_rank(scores[config.rule], *counts)

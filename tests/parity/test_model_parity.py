@@ -23,6 +23,7 @@ import torch
 from builders import (
     CLOSED_FORM,
     IMAGE_TOKENS,
+    calibrated,
     chat_batches,
     left_padded,
     prompt_ids,
@@ -31,9 +32,8 @@ from builders import (
     write_image,
 )
 
-from splitq_edge.calibration.runner import collect_stats
 from splitq_edge.config import PRESETS, preset
-from splitq_edge.convert import QuantizedModel, effective_bits, quantize_model
+from splitq_edge.convert import QuantizedModel, effective_bits
 from splitq_edge.exporters import export_folder
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
 from splitq_edge.loading import LoadedModel
@@ -83,9 +83,8 @@ def export(
     loaded, batches = tiny_loaded(), chat_batches()
     quantized = None
     if scheme != "none":
-        with torch.no_grad():
-            config = replace(preset(scheme), learning=CLOSED_FORM)
-            quantized = quantize_model(loaded, config, collect_stats(loaded, batches), [])
+        config = replace(preset(scheme), learning=CLOSED_FORM)
+        quantized = calibrated(loaded, config, batches, tmp_path_factory.mktemp(f"{scheme}-{flavour}-calibration"))
     trace = export_folder.trace
 
     def traced_once(module: torch.nn.Module, inputs: dict[str, Any], **options: Any) -> ir.Model:

@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from splitq_edge.config import PRESETS, CorrectionConfig, LearningConfig, QuantConfig, SplitConfig, load_recipe, preset
+from splitq_edge.config import PRESETS, ClipConfig, CorrectionConfig, LearningConfig, QuantConfig, SplitConfig, load_recipe, preset
 from splitq_edge.errors import SplitQError
 
-KINDS = {"": QuantConfig, "split.": SplitConfig, "correction.": CorrectionConfig, "learning.": LearningConfig}
+KINDS = {
+    "": QuantConfig,
+    "clip.": ClipConfig,
+    "split.": SplitConfig,
+    "correction.": CorrectionConfig,
+    "learning.": LearningConfig,
+}
 BASE = {"scheme": "test", "bits": 4, "activation_bits": 8}
 
 ALLOWED = [
@@ -20,6 +26,12 @@ ALLOWED = [
     ("", "activation_bits", [2, 3, 4, 8], [1, 5, 6, 7, 16]),
     ("", "group_size", [0, 32, 64, 128], [-1, 1, 16, 48, 96, 256]),
     ("", "transform", ["hadamard", "identity"], ["", "Hadamard", "random", None]),
+    ("", "scale", ["none", "smoothquant", "awq", "mbq"], ["", "AWQ", None]),
+    ("", "rounding", ["nearest", "gptq"], ["", "rtn", None]),
+    ("clip.", "weight", ["none", "search"], ["", "learned", None]),
+    ("clip.", "activation", ["none", "search"], ["", "learned", None]),
+    ("clip.", "activation_max", [0.1, 0.9, 1], [0, -0.1, 1.1, float("nan")]),
+    ("split.", "rule", ["mocd", "random", "text-max", "vision-max", "all-max"], ["", "max", None]),
     ("split.", "ratio", [0, 0.02, 0.25], [-0.01, 0.2501, 1, float("nan")]),
     ("split.", "clusters", [1, 3, 16], [0, 17, -3]),
     ("split.", "bits", [4, 8], [2, 3, 5, 16]),
@@ -34,6 +46,7 @@ ALLOWED = [
     ("learning.", "transform_lr", [0, 1], [-0.1, 1.1, float("nan")]),
     ("learning.", "clip_lr", [0, 1], [-0.1, 1.1, float("nan")]),
     ("learning.", "gate_lr", [0, 1], [-0.1, 1.1, float("nan")]),
+    ("learning.", "balance", ["none", "mbq"], ["", "gradient", None]),
     ("learning.", "propagate", ["float", "quantized"], ["", "both", None]),
 ]
 GOOD = [(prefix, name, value) for prefix, name, good, _ in ALLOWED for value in good]
@@ -104,7 +117,7 @@ def test_value_of_another_type_is_refused_by_its_name(prefix: str, name: str, va
 def test_every_setting_with_a_range_is_in_the_table_above() -> None:
     checked = {f"{prefix}{name}" for prefix, name, _, _ in ALLOWED}
     fields = {f"{prefix}{item.name}" for prefix, kind in KINDS.items() for item in dataclasses.fields(kind)}
-    assert fields - checked == {"scheme", "activation_symmetric", "split", "correction", "learning"}
+    assert fields - checked == {"scheme", "method", "activation_symmetric", "clip", "split", "correction", "learning"}
 
 
 def test_asymmetric_activations_need_fewer_than_eight_bits() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from builders import rng
 
-from splitq_edge.calibration.observer import Observer
+from splitq_edge.calibration.observer import Observer, SiteStats
 from splitq_edge.config import SplitConfig
+from splitq_edge.parallel import Processes
 from splitq_edge.splitting.outliers import (
     choose_channels,
     percentile_ranks,
@@ -40,10 +41,12 @@ TEXT_RANKS = [
 TEXT_SCORES = [0.0, 0.0, 0.0, 1 / 128]
 
 
-def observed(text: torch.Tensor, vision: torch.Tensor) -> Observer:
-    observer = Observer("site", text.shape[1])
-    observer.update(torch.cat([text, vision]), torch.tensor([0] * len(text) + [1] * len(vision), dtype=torch.int8))
-    return observer
+def observed(text: torch.Tensor, vision: torch.Tensor) -> SiteStats:
+    observer = Observer("site", samples=1)
+    modality = torch.tensor([[0] * len(text) + [1] * len(vision)], dtype=torch.int8)
+    keep = torch.ones_like(modality, dtype=torch.bool)
+    observer.update(torch.cat([text, vision])[None], modality, keep, torch.tensor([0]))
+    return observer.stats(Processes(alone=True))
 
 
 def choose(text: torch.Tensor, vision: torch.Tensor, *, text_count: int, vision_count: int, clusters: int = 3):
@@ -78,7 +81,7 @@ def planted(channels: int = 48, tokens: int = 240) -> tuple[torch.Tensor, torch.
 
 
 def test_vision_scores_are_the_largest_magnitudes_over_vision_tokens() -> None:
-    stats = observed(TEXT, VISION).stats()
+    stats = observed(TEXT, VISION)
     assert vision_scores(stats.vision_absmax).tolist() == VISION_SCORES
 
 
@@ -195,7 +198,7 @@ def test_sets_are_disjoint_and_cover_every_channel(channels: int) -> None:
     generator = rng(channels)
     text = torch.randn(40, channels, generator=generator)
     vision = torch.randn(30, channels, generator=generator)
-    plan = plan_split(observed(text, vision).stats(), SplitConfig(ratio=0.05))
+    plan = plan_split(observed(text, vision), SplitConfig(ratio=0.05))
     assert min(plan.widths) > 0
     assert sorted(plan.order.tolist()) == list(range(channels))
     for channels_of_group in (plan.main, plan.text, plan.vision):

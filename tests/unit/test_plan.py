@@ -10,14 +10,16 @@ from splitq_edge.calibration.observer import Observer, SiteStats
 from splitq_edge.config import SplitConfig
 from splitq_edge.errors import SplitQError
 from splitq_edge.quant.transforms import factor_pair, has_balanced_factors
+from splitq_edge.parallel import Processes
 from splitq_edge.splitting.plan import MAIN_MULTIPLE, outlier_width, plan_split
 
 
 def stats_of(channels: int, text: int = 20, vision: int = 20) -> SiteStats:
-    observer = Observer("layers.7.mlp_in", channels)
-    modality = torch.tensor([0] * text + [1] * vision, dtype=torch.int8)
-    observer.update(torch.randn(text + vision, channels, generator=rng(channels)), modality)
-    return observer.stats()
+    observer = Observer("layers.7.mlp_in", samples=1)
+    modality = torch.tensor([[0] * text + [1] * vision], dtype=torch.int8)
+    x = torch.randn(1, text + vision, channels, generator=rng(channels))
+    observer.update(x, modality, torch.ones_like(modality, dtype=torch.bool), torch.tensor([0]))
+    return observer.stats(Processes(alone=True))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_no_text_tokens_does_not_matter_without_a_split() -> None:
     assert plan_split(stats_of(576, text=0), SplitConfig(ratio=0)).widths == (576, 0, 0)
 
 
-def test_no_vision_tokens_still_gives_a_plan() -> None:
-    # All vision scores are 0: ties go to the lowest channels.
-    plan = plan_split(stats_of(576, vision=0), SplitConfig())
-    assert plan.vision.tolist() == list(range(32))
+def test_without_vision_tokens_the_largest_text_magnitudes_take_the_vision_group() -> None:
+    stats = stats_of(576, vision=0)
+    plan = plan_split(stats, SplitConfig())
+    assert set(plan.vision.tolist()) == set(stats.text_absmax.topk(32).indices.tolist())

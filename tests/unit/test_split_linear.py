@@ -252,7 +252,13 @@ def test_cws_that_holds_the_whole_weight_undoes_the_weight_error() -> None:
 @pytest.mark.parametrize("group_size", [0, 32])
 def test_eight_bits_everywhere_approach_the_float_linear(transform: str, group_size: int) -> None:
     config = QuantConfig(
-        "test", 8, 8, group_size, True, transform, SplitConfig(bits=8, activation_bits=8), CorrectionConfig(bits=8)
+        "test",
+        8,
+        8,
+        group_size=group_size,
+        transform=transform,
+        split=SplitConfig(bits=8, activation_bits=8),
+        correction=CorrectionConfig(bits=8),
     )
     site, weight = random_site(config, widths=(192, 16, 16), outputs=(32,), bias=True)
     x = torch.randn(4, 16, 224, generator=rng(1))

@@ -1,0 +1,222 @@
+"""What the language blocks receive: calibration samples in padded batches, run up to the first block and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from splitq_edge.calibration.activations import ActivationStore
+from splitq_edge.loading import LoadedModel
+from splitq_edge.modality import ModalityContext, modality_of
+from splitq_edge.parallel import Processes
+
+SEQUENCES = {"input_ids": None, "attention_mask": 0, "answer": False, "modality": 0, "mm_token_type_ids": 0}
+NOT_MODEL_INPUTS = ("answer", "modality")
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Samples of similar length side by side.
+
+    Attributes:
+        inputs: model inputs, left-padded; with "answer" [batch, sequence] bool, the tokens that the loss is about, and
+            where the caller named the modality himself "modality" [batch, sequence] int8.
+        samples: [batch] int64, number of each sample.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    samples: torch.Tensor
+
+
+def padded_batches(
+    encoded: Sequence[dict[str, torch.Tensor]], size: int, pad_token_id: int, processes: Processes
+) -> list[PaddedBatch]:
+    """Batches of this process: each takes every `processes.size`-th sample of the same global batches.
+
+    Args:
+        encoded: model inputs of single conversations, the same in all processes.
+        size: samples a batch, over all processes.
+        pad_token_id: fills input_ids; attention_mask is 0 there.
+
+    Returns:
+        One entry a global batch; where this process has no sample of it, `samples` is empty and `inputs` too.
+    """
+    order = sorted(range(len(encoded)), key=lambda index: encoded[index]["input_ids"].shape[1])
+    # A batch holds samples with the same kinds of inputs: text-only chats have no pixel_values.
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for index in order:
+        kinds.setdefault(tuple(sorted(encoded[index])), []).append(index)
+    batches = []
+    for members in kinds.values():
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            width = max(encoded[index]["input_ids"].shape[1] for index in batch)
+            own = batch[processes.rank :: processes.size]
+            inputs = _pad([encoded[index] for index in own], width, pad_token_id) if own else {}
+            batches.append(PaddedBatch(inputs, torch.tensor(own, dtype=torch.long)))
+    return batches
+
+
+def _pad(samples: Sequence[dict[str, torch.Tensor]], width: int, pad_token_id: int) -> dict[str, torch.Tensor]:
+    batch = {name: torch.cat([s[name] for s in samples]) for name in samples[0] if name not in SEQUENCES}
+    for name, filler in SEQUENCES.items():
+        if name in samples[0]:
+            value = pad_token_id if filler is None else filler
+            rows = [nn.functional.pad(s[name], (width - s[name].shape[1], 0), value=value) for s in samples]
+            batch[name] = torch.cat(rows)
+    return batch
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """What a block receives for one batch beside the hidden states; the same for every block.
+
+    Attributes:
+        kwargs: the block's other arguments (mask, position embeddings, ...).
+        modality: [batch, sequence] int8.
+        keep: [batch, sequence] bool, False for padding.
+        samples: [batch] int64, sample numbers.
+    """
+
+    kwargs: dict[str, Any]
+    modality: torch.Tensor
+    keep: torch.Tensor
+    samples: torch.Tensor
+
+
+class BlockInputs:
+    """Batches and the hidden states that belong to them, in an `ActivationStore`.
+
+    Hidden states are kept by a stream's name ("float", "quantized", "target") and the batch's number.
+    """
+
+    def __init__(self, store: ActivationStore, device: torch.device) -> None:
+        self.store = store
+        self.device = device
+        self._batches: list[tuple[Any, list[Any], PaddedBatch, torch.Tensor] | None] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def own(self) -> list[int]:
+        """Numbers of the batches of which this process has samples."""
+        return [number for number, entry in enumerate(self._batches) if entry is not None]
+
+    def add(self, batch: PaddedBatch, hidden: torch.Tensor, kwargs: dict[str, Any], modality: torch.Tensor) -> None:
+        """Keep a batch and its hidden states under the stream "float"."""
+        number = len(self._batches)
+        leaves, spec = _pytree.tree_flatten(kwargs)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                self.store.put(_leaf_key(number, index), leaf)
+                leaves[index] = _Stored()
+        self._batches.append((spec, leaves, batch, modality))
+        self.put("float", number, hidden)
+
+    def add_missing(self) -> None:
+        """A global batch of which other processes have all samples."""
+        self._batches.append(None)
+
+    def batch(self, number: int) -> BlockBatch:
+        """The batch without its hidden states."""
+        spec, leaves, padded, modality = self._entry(number)
+        values = [
+            self.store.get(_leaf_key(number, index), self.device) if isinstance(leaf, _Stored) else leaf
+            for index, leaf in enumerate(leaves)
+        ]
+        return BlockBatch(
+            _pytree.tree_unflatten(values, spec),
+            modality.to(self.device),
+            padded.inputs["attention_mask"].bool().to(self.device),
+            padded.samples,
+        )
+
+    def tokens(self, number: int) -> dict[str, torch.Tensor]:
+        """input_ids and, where the samples have it, the answer mask of a batch."""
+        inputs = self._entry(number)[2].inputs
+        return {name: inputs[name].to(self.device) for name in ("input_ids", "answer") if name in inputs}
+
+    def _entry(self, number: int) -> tuple[Any, list[Any], PaddedBatch, torch.Tensor]:
+        entry = self._batches[number]
+        assert entry is not None, f"batch {number} belongs to other processes"
+        return entry
+
+    def put(self, stream: str, number: int, hidden: torch.Tensor) -> None:
+        """Keep hidden states [batch, sequence, hidden]."""
+        self.store.put(f"{stream}-{number}", hidden)
+
+    def get(self, stream: str, number: int) -> torch.Tensor:
+        """Hidden states of a stream."""
+        return self.store.get(f"{stream}-{number}", self.device)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a whole stream another name; what had that name is forgotten."""
+        for number in self.own:
+            self.store.rename(f"{old}-{number}", f"{new}-{number}")
+
+    def drop(self, stream: str) -> None:
+        """Forget a stream."""
+        for number in self.own:
+            self.store.drop(f"{stream}-{number}")
+
+
+class _Stored:
+    """Stands for a tensor that lies in the store."""
+
+
+def _leaf_key(number: int, index: int) -> str:
+    return f"argument-{number}-{index}"
+
+
+def block_output(block: nn.Module, hidden: torch.Tensor, batch: BlockBatch, context: ModalityContext) -> torch.Tensor:
+    """Run a block on a batch: [batch, sequence, hidden]."""
+    with context.using(batch.modality, batch.keep):
+        output = block(hidden, **batch.kwargs)
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+class _Reached(Exception):
+    """The first block was called; nothing behind it needs to run."""
+
+
+@torch.no_grad()
+def first_block_inputs(loaded: LoadedModel, batches: Sequence[PaddedBatch], store: ActivationStore) -> BlockInputs:
+    """Run the model up to its first language block and keep what the block is called with."""
+    caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
+    inputs = BlockInputs(store, loaded.device)
+
+    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        caught.append((hidden, kwargs))
+        raise _Reached
+
+    handle = loaded.language_blocks()[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in batches:
+            if not batch.inputs:
+                inputs.add_missing()
+                continue
+            given = {name: value.to(loaded.device) for name, value in batch.inputs.items()}
+            with suppress(_Reached):
+                loaded.model(**{k: v for k, v in given.items() if k not in NOT_MODEL_INPUTS}, use_cache=False)
+            hidden, kwargs = caught.pop()
+            inputs.add(batch, hidden, kwargs, batch_modality(given, loaded.image_token_id))
+    finally:
+        handle.remove()
+    return inputs
+
+
+def batch_modality(inputs: dict[str, torch.Tensor], image_token_id: int | None) -> torch.Tensor:
+    """[batch, sequence] int8: what the samples say, else by the image token."""
+    if "modality" in inputs:
+        return inputs["modality"]
+    if image_token_id is None:
+        return torch.zeros_like(inputs["input_ids"], dtype=torch.int8)
+    return modality_of(inputs["input_ids"], image_token_id)

@@ -1,0 +1,188 @@
+"""Calibration on disk: one file a finished block, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from splitq_edge.artifacts import write_bytes, write_json
+from splitq_edge.errors import ArtifactError, SplitQError
+from splitq_edge.modality import ModalityContext
+from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear
+
+STATE_SCHEMA = 1
+HEADER_FILE = "calibration.json"
+CORRECTION_TENSORS = ("u", "u_scale", "v", "v_scale", "gate_cws", "gate_mac")
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What one finished block leaves behind.
+
+    Attributes:
+        sites: quantized sites by name.
+        report: JSON content: learning errors and per-site quality, see `report.site_quality`.
+    """
+
+    sites: dict[str, SplitLinear]
+    report: dict[str, Any]
+
+
+class CalibrationState:
+    """A folder with `calibration.json` and one safetensors file a block.
+
+    Args:
+        folder: where.
+        header: what the run depends on (recipe, seed, samples, checkpoint); a resumed run must have the same.
+
+    Raises:
+        SplitQError: the folder holds other files, or another run's state.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+        self.folder = folder
+        self.header = {"schema": STATE_SCHEMA, **header}
+
+    def start(self, *, resume: bool) -> int:
+        """Prepare the folder; returns how many blocks it already holds.
+
+        Raises:
+            SplitQError: there is a state and `resume` is False, or it belongs to another run.
+        """
+        path = self.folder / HEADER_FILE
+        if not path.is_file():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise SplitQError(
+                    f"calibration state {self.folder}: expected an empty or new folder, it has other files; "
+                    "choose another with --state"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.header)
+            return 0
+        found = self._read(path)
+        if not resume:
+            raise SplitQError(
+                f"calibration state {self.folder}: an earlier run left {self.finished()} finished blocks; go on with "
+                "--resume, or delete the folder to begin anew"
+            )
+        wanted = json.loads(json.dumps(self.header))
+        changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        if changed:
+            raise SplitQError(
+                f"calibration state {self.folder}: expected the same run, {', '.join(changed)} changed; use the options "
+                "of the first run, or delete the folder to begin anew"
+            )
+        return self.finished()
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtifactError(f"{path}: expected a calibration state ({error}); delete the folder") from error
+
+    def finished(self) -> int:
+        """Blocks finished without a gap."""
+        count = 0
+        while self._path(count).is_file():
+            count += 1
+        return count
+
+    def save(self, index: int, record: BlockRecord) -> None:
+        """Write a finished block; a reader never sees half of it."""
+        tensors: dict[str, torch.Tensor] = {}
+        sites = {}
+        for name, site in record.sites.items():
+            sites[name], parts = _pack_site(site)
+            tensors |= {f"{name}/{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
+        metadata = {"sites": json.dumps(sites), "report": json.dumps(record.report)}
+        write_bytes(self._path(index), save(tensors, metadata))
+
+    def load(self, index: int, context: ModalityContext, device: torch.device | None = None) -> BlockRecord:
+        """A finished block.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        path = self._path(index)
+        try:
+            with safe_open(path, "pt", device=str(device or "cpu")) as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            described = json.loads(metadata["sites"])
+            sites = {name: _unpack_site(name, values, tensors, context) for name, values in described.items()}
+            return BlockRecord(sites, json.loads(metadata["report"]))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ArtifactError(f"{path}: expected a finished block ({error}); delete it and --resume") from error
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block_{index:04d}.safetensors"
+
+    def remove(self) -> None:
+        """Delete what this class wrote; other files stay."""
+        for path in [*self.folder.glob("block_*.safetensors"), self.folder / HEADER_FILE]:
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            os.rmdir(self.folder)
+
+
+def _pack_site(site: SplitLinear) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    tensors: dict[str, torch.Tensor] = {"order": site.order}
+    for key in ("bias", "channel_scale"):
+        if getattr(site, key) is not None:
+            tensors[key] = getattr(site, key)
+    groups = {}
+    for name, group in site.groups.items():
+        values = vars(group)
+        tensors |= {f"{name}.{key}": v for key, v in values.items() if isinstance(v, torch.Tensor)}
+        groups[name] = {key: v for key, v in values.items() if not isinstance(v, torch.Tensor | None)}
+    correction = None
+    if site.correction is not None:
+        tensors |= {f"correction.{key}": getattr(site.correction, key) for key in CORRECTION_TENSORS}
+        correction = {k: v for k, v in vars(site.correction).items() if k not in CORRECTION_TENSORS}
+    described = {
+        "groups": groups,
+        "correction": correction,
+        "group_size": site.group_size,
+        "activation_symmetric": site.activation_symmetric,
+    }
+    return described, tensors
+
+
+def _unpack_site(
+    name: str, described: dict[str, Any], tensors: dict[str, torch.Tensor], context: ModalityContext
+) -> SplitLinear:
+    own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+    groups = {
+        group: GroupWeights(
+            qweight=own[f"{group}.qweight"],
+            scale=own[f"{group}.scale"],
+            p1=own.get(f"{group}.p1"),
+            p2=own.get(f"{group}.p2"),
+            **values,
+        )
+        for group, values in described["groups"].items()
+    }
+    correction = None
+    if described["correction"] is not None:
+        parts = {key: own[f"correction.{key}"] for key in CORRECTION_TENSORS}
+        correction = Correction(**parts, **described["correction"])
+    return SplitLinear(
+        name,
+        order=own["order"],
+        groups=groups,
+        context=context,
+        correction=correction,
+        bias=own.get("bias"),
+        channel_scale=own.get("channel_scale"),
+        group_size=described["group_size"],
+        activation_symmetric=described["activation_symmetric"],
+    )
+

@@ -1,0 +1,69 @@
+"""Weight rounding with error feedback (GPTQ): the error of a row is pushed into the rows not yet rounded."""
+
+from __future__ import annotations
+
+import torch
+
+from splitq_edge.quant.affine import code_range
+
+BLOCK = 64  # rows whose feedback is applied at once to the rows behind them
+DAMPING = 0.01  # share of the mean diagonal added to it
+
+
+def gptq_codes(
+    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: torch.Tensor, *, damping: float = DAMPING
+) -> torch.Tensor:
+    """Codes that minimize |A (W - Q)|^2 greedily, input channel after input channel (GPTQ, arXiv 2210.17323).
+
+    Args:
+        weight: [K, N] float32, what the quantized activations A meet.
+        hessian: [K, K] float32, A^T A.
+        scale: [K, N] float32, scale of every element.
+        bits: [K] integer, bit width of every input channel.
+        damping: see `DAMPING`.
+
+    Returns:
+        [K, N] int8.
+    """
+    low, high = _ranges(bits, weight.device)
+    rest = weight.clone()
+    feedback = inverse_factor(hessian, damping)
+    codes = torch.empty_like(weight)
+    for begin in range(0, weight.shape[0], BLOCK):
+        end = min(begin + BLOCK, weight.shape[0])
+        errors = torch.empty_like(rest[begin:end])
+        for k in range(begin, end):
+            row_scale = scale[k]
+            code = torch.round(rest[k] * (1.0 / row_scale)).clamp_(low[k], high[k])
+            codes[k] = code
+            error = (rest[k] - code * row_scale) / feedback[k, k]
+            errors[k - begin] = error
+            if k + 1 < end:
+                rest[k + 1 : end] -= feedback[k, k + 1 : end, None] * error
+        if end < weight.shape[0]:
+            rest[end:] -= feedback[begin:end, end:].T @ errors
+    return codes.to(torch.int8)
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped matrix, [K, K] float32; the damping grows until it exists."""
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0:  # nothing was seen: no feedback
+        return torch.eye(hessian.shape[0], device=hessian.device)
+    for strength in (damping, 10 * damping, 100 * damping):
+        damped = hessian.clone()
+        damped.diagonal().add_(strength * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not int(failed) and bool(torch.isfinite(upper).all()):
+            return upper
+    return torch.eye(hessian.shape[0], device=hessian.device)
+
+
+def _ranges(bits: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    bounds = [code_range(int(b)) for b in bits.tolist()]
+    low, high = torch.tensor(bounds, dtype=torch.float32, device=device).unbind(1)
+    return low, high
