@@ -13,18 +13,20 @@ TEXT = 0
 VISION = 1
 
 
-def modality_of(input_ids: torch.Tensor, image_token_id: int) -> torch.Tensor:
+def modality_of(input_ids: torch.Tensor, image_token_id: int | None) -> torch.Tensor:
     """Modality mask of a token sequence.
 
     Args:
         input_ids: [batch, sequence] integer.
-        image_token_id: id of the token that image features replace.
+        image_token_id: id of the token that image features replace; None for a text-only model.
 
     Returns:
         [batch, sequence] int8, 0 text and 1 vision.
     """
     import torch
 
+    if image_token_id is None:
+        return torch.zeros_like(input_ids, dtype=torch.int8)
     return (input_ids == image_token_id).to(torch.int8)
 
 

@@ -17,31 +17,40 @@ class Site:
 class ModelAdapter:
     """What the pipeline must know of a model type; module paths are those of the transformers class.
 
+    The fields of a text-only family that speak of vision stay empty.
+
     Attributes:
         model_type: `config.model_type`.
+        model_class: the transformers auto class that loads it.
+        language_model: module that maps inputs_embeds to hidden states.
+        language_blocks: module list of its blocks.
+        language_block: sites of one of them.
+        final_norm: module between the last of them and `lm_head`.
+        lm_head: the output projection.
+        image_token_field: config field that holds the image token id.
         vision_encoder: module that maps pixel_values to hidden states.
         vision_blocks: module list of its blocks.
         vision_block: sites of one of them.
         projector_module: module between the vision encoder and the language model.
         projector: its linears.
-        language_model: module that maps inputs_embeds to hidden states.
-        language_blocks: module list of its blocks.
-        language_block: sites of one of them.
-        image_token_field: config field that holds the image token id.
-        lm_head: the output projection.
+        image_only_processor: transformers class that makes the same inputs of text and images as the family's own
+            processor; used without torchvision, which the family's own needs for videos.
     """
 
     model_type: str
-    vision_encoder: str
-    vision_blocks: str
-    vision_block: tuple[Site, ...]
-    projector_module: str
-    projector: tuple[str, ...]
     language_model: str
     language_blocks: str
     language_block: tuple[Site, ...]
-    image_token_field: str
+    final_norm: str
     lm_head: str = "lm_head"
+    model_class: str = "AutoModelForImageTextToText"
+    image_token_field: str = ""
+    vision_encoder: str = ""
+    vision_blocks: str = ""
+    vision_block: tuple[Site, ...] = ()
+    projector_module: str = ""
+    projector: tuple[str, ...] = ()
+    image_only_processor: str = ""
 
     def site_name(self, block: int, site: Site) -> str:
         """Name of a language site in plans, files and messages: "layers.3.attn_in"."""

@@ -15,3 +15,10 @@ SIGLIP_BLOCK = (
     Site("mlp_in", ("mlp.fc1",)),
     Site("mlp_mid", ("mlp.fc2",)),
 )
+
+QWEN_VISION_BLOCK = (
+    Site("attn_in", ("attn.qkv",)),
+    Site("attn_out", ("attn.proj",)),
+    Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj")),
+    Site("mlp_mid", ("mlp.down_proj",)),
+)

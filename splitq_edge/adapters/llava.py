@@ -13,5 +13,6 @@ ADAPTER = ModelAdapter(
     language_model="model.language_model",
     language_blocks="model.language_model.layers",
     language_block=LLAMA_BLOCK,
+    final_norm="model.language_model.norm",
     image_token_field="image_token_index",
 )

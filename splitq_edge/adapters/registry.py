@@ -1,10 +1,10 @@
 """The model types that can be quantized."""
 
-from splitq_edge.adapters import llava
+from splitq_edge.adapters import llama, llava, qwen2_5_vl
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.errors import UnsupportedModelError
 
-ADAPTERS: dict[str, ModelAdapter] = {module.ADAPTER.model_type: module.ADAPTER for module in (llava,)}
+ADAPTERS: dict[str, ModelAdapter] = {module.ADAPTER.model_type: module.ADAPTER for module in (llama, llava, qwen2_5_vl)}
 
 
 def adapter_for(model_type: str) -> ModelAdapter:

@@ -3,67 +3,74 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
-from builders import tiny_llava_config
+import transformers
+from families import TINY_CONFIGS
 from torch import nn
 
+from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.adapters.registry import ADAPTERS, adapter_for
 from splitq_edge.errors import SplitQError, UnsupportedModelError
 
+# 2 vision blocks, projector, 2 language blocks of 7, lm_head
+LINEARS = {"llama": 2 * 7 + 1, "llava": 2 * 6 + 2 + 2 * 7 + 1, "qwen2_5_vl": 2 * 5 + 2 + 2 * 7 + 1}
 
-@pytest.fixture(scope="module")
-def meta_llava() -> nn.Module:
-    from transformers import LlavaForConditionalGeneration
 
+@pytest.fixture(params=sorted(ADAPTERS))
+def adapter(request: pytest.FixtureRequest) -> ModelAdapter:
+    return adapter_for(request.param)
+
+
+@pytest.fixture
+def meta_model(adapter: ModelAdapter) -> Any:
     with torch.device("meta"):
-        return LlavaForConditionalGeneration(tiny_llava_config())
+        return getattr(transformers, adapter.model_class).from_config(TINY_CONFIGS[adapter.model_type]())
 
 
 def linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def test_every_linear_of_a_llava_is_claimed_exactly_once(meta_llava: nn.Module) -> None:
-    adapter = adapter_for("llava")
-    names = linears(meta_llava)
-    # 2 vision blocks of 6, the projector's 2, 2 language blocks of 7, lm_head
-    assert len(names) == 2 * 6 + 2 + 2 * 7 + 1
+def test_every_linear_is_claimed_exactly_once(adapter: ModelAdapter, meta_model: nn.Module) -> None:
+    names = linears(meta_model)
+    assert len(names) == LINEARS[adapter.model_type]
     assert {name: len(adapter.claims(name)) for name in names} == dict.fromkeys(names, 1)
 
 
-def test_sites_of_a_language_block_hold_each_linear_of_it_once(meta_llava: nn.Module) -> None:
-    adapter = adapter_for("llava")
-    block = meta_llava.get_submodule(adapter.language_blocks)[0]
+def test_sites_of_a_language_block_hold_each_linear_of_it_once(adapter: ModelAdapter, meta_model: nn.Module) -> None:
+    block = meta_model.get_submodule(adapter.language_blocks)[0]
     claimed = Counter(path for site in adapter.language_block for path in site.linears)
     assert claimed == Counter(linears(block))
 
 
-def test_linears_of_one_site_have_the_same_input_width(meta_llava: nn.Module) -> None:
-    adapter = adapter_for("llava")
+def test_linears_of_one_site_have_the_same_input_width(adapter: ModelAdapter, meta_model: nn.Module) -> None:
     for blocks, sites in (
         (adapter.vision_blocks, adapter.vision_block),
         (adapter.language_blocks, adapter.language_block),
     ):
-        for block in meta_llava.get_submodule(blocks):
+        for block in meta_model.get_submodule(blocks) if blocks else ():
             for site in sites:
                 assert len({block.get_submodule(path).in_features for path in site.linears}) == 1, site.name
 
 
-def test_all_module_paths_of_the_adapter_exist(meta_llava: nn.Module) -> None:
-    adapter = adapter_for("llava")
-    for path in (
-        adapter.vision_encoder,
-        adapter.vision_blocks,
-        adapter.projector_module,
-        *adapter.projector,
-        adapter.language_model,
-        adapter.language_blocks,
-        adapter.lm_head,
-    ):
-        assert isinstance(meta_llava.get_submodule(path), nn.Module), path
-    assert isinstance(getattr(meta_llava.config, adapter.image_token_field), int)
+def test_all_module_paths_of_the_adapter_exist(adapter: ModelAdapter, meta_model: Any) -> None:
+    vision = (adapter.vision_encoder, adapter.vision_blocks, adapter.projector_module, *adapter.projector)
+    language = (adapter.language_model, adapter.language_blocks, adapter.final_norm, adapter.lm_head)
+    if adapter.image_token_field:
+        assert all(vision)
+        assert isinstance(getattr(meta_model.config, adapter.image_token_field), int)
+    else:
+        assert not any((*vision, adapter.vision_block))
+    for path in filter(None, (*vision, *language)):
+        assert isinstance(meta_model.get_submodule(path), nn.Module), path
+
+
+def test_transformers_has_the_processor_that_stands_in_for_the_familys_own(adapter: ModelAdapter) -> None:
+    if adapter.image_only_processor:
+        assert hasattr(transformers, adapter.image_only_processor)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""Tiny random models of the other families, and folders of checkpoints as users have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders import IMAGE_TOKEN_ID, SPECIAL_TOKENS, VOCABULARY, left_padded, prompt_ids, rng, tiny_llava_config
+from torch import nn
+
+QWEN_VIDEO_TOKEN_ID = VOCABULARY - 1
+QWEN_VISION_START_ID = VOCABULARY - 2
+QWEN_GRID = (1, 8, 12)  # patches of 14 pixels in time, height and width; windows of 4 do not divide 12 / 2 evenly
+
+
+def tiny_qwen2_5_vl_config(*, tied: bool = True) -> Any:
+    """Configuration of a Qwen2.5-VL with one window-attention and one full-attention vision block."""
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 96,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        text_config={
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 256,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        image_token_id=IMAGE_TOKEN_ID,
+        video_token_id=QWEN_VIDEO_TOKEN_ID,
+        vision_start_token_id=QWEN_VISION_START_ID,
+        tie_word_embeddings=tied,
+    )
+
+
+def tiny_llama_config() -> Any:
+    """Configuration of a text-only Llama with tied embeddings, as SmolLM2 has them."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+
+
+TINY_CONFIGS = {"llama": tiny_llama_config, "llava": tiny_llava_config, "qwen2_5_vl": tiny_qwen2_5_vl_config}
+
+
+def tiny_model(model_type: str, seed: int = 0, **config: Any) -> Any:
+    """A model with random weights, biases and norms included, so that no weight can be missed unnoticed."""
+    import transformers
+
+    from splitq_edge.adapters.registry import adapter_for
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        auto = getattr(transformers, adapter_for(model_type).model_class)
+        model = auto.from_config(TINY_CONFIGS[model_type](**config)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.1)
+    return model
+
+
+def tiny_tokenizer(**settings: Any) -> Any:
+    """The byte-level tokenizer of `builders.tiny_processor` by itself."""
+    from builders import tiny_processor
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tiny_processor().tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=list(SPECIAL_TOKENS[3:]),
+        padding_side="left",
+        **settings,
+    )
+
+
+def save_processor(model_type: str, folder: Path) -> None:
+    """Processor files as the family's checkpoints have them."""
+    from builders import tiny_processor
+    from transformers import Qwen2VLImageProcessorPil
+
+    if model_type == "llava":
+        tiny_processor().save_pretrained(folder)
+        return
+    tiny_tokenizer().save_pretrained(folder)
+    if model_type == "qwen2_5_vl":
+        Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 168).save_pretrained(folder)
+
+
+def save_checkpoint(
+    model_type: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, shard: str = "200KB", **config: Any
+) -> Path:
+    """A checkpoint folder in several shards."""
+    tiny_model(model_type, **config).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    save_processor(model_type, folder)
+    return folder
+
+
+def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
+    """Model inputs of two left-padded prompts, each with an image where the family knows images."""
+    if model_type == "llama":
+        ids, mask = left_padded([prompt_ids("what is it?"), prompt_ids("red?")])
+        return {"input_ids": ids, "attention_mask": mask}
+    if model_type == "llava":
+        ids, mask = left_padded([prompt_ids("a", 1, "what is it?"), prompt_ids(1, "red?")])
+        return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 56, 56, generator=rng())}
+    patches = QWEN_GRID[0] * QWEN_GRID[1] * QWEN_GRID[2]
+    image = [QWEN_VISION_START_ID, *[IMAGE_TOKEN_ID] * (patches // 4)]
+    ids, mask = left_padded([prompt_ids() + image + prompt_ids("what is it?"), prompt_ids() + image + prompt_ids("a")])
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == IMAGE_TOKEN_ID).int(),
+        "pixel_values": torch.randn(2 * patches, 3 * 2 * 14 * 14, generator=rng()),
+        "image_grid_thw": torch.tensor([QWEN_GRID, QWEN_GRID]),
+    }
