@@ -23,6 +23,7 @@ from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
 from splitq_edge.loading import LoadedModel
+from splitq_edge.report.quality_report import REPORT_FILE, build_report
 
 FLAVOURS = ("portable", "packed")
 PARITY_FILE = "parity.npz"
@@ -82,6 +83,9 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         )
     np.savez(folder / PARITY_FILE, **parity)  # type: ignore[arg-type]
     _write_companions(loaded, folder)
+    if quantized is not None:
+        report = build_report(quantized.config.to_dict(), effective_bits(quantized.sites), quantized.reports)
+        write_json(folder / REPORT_FILE, report)
     write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features))
 
 
@@ -280,6 +284,7 @@ def _manifest(
         "splitq_edge": __version__,
         "source": Path(loaded.source).name,
         "model_type": loaded.adapter.model_type,
+        "method": None if quantized is None else quantized.config.method,
         "scheme": "none" if quantized is None else quantized.config.scheme,
         "flavour": request.flavour if quantized is not None else "float",
         "effective_bits": 32.0 if quantized is None else round(effective_bits(quantized.sites), 4),

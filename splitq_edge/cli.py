@@ -214,6 +214,17 @@ def verify(out: Path, native: bool | None) -> None:
 
 
 @main.command()
+@click.argument("out", type=PATH)
+@_reports_errors
+def inspect(out: Path) -> None:
+    """Show per site what quantization cost in the exported folder OUT, what each component gave, which channels were split off."""
+    from splitq_edge.commands.console import make_console
+    from splitq_edge.commands.inspect import print_report
+
+    print_report(out, make_console())
+
+
+@main.command()
 @_reports_errors
 def doctor() -> None:
     """Say what is installed and whether the native kernels are in use."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from splitq_edge.correction.low_rank import quantize_low_rank, rank_of, svd_anch
 from splitq_edge.learning.invertible import InvertibleMatrix
 from splitq_edge.methods.scales import ScaleInputs, start_scale
 from splitq_edge.modality import TEXT, ModalityContext
-from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear
+from splitq_edge.modules.split_linear import GROUPS, Correction, GroupWeights, SplitLinear
 from splitq_edge.quant.affine import dequantize_weight, expand_scale, quantize_weight, weight_scale
 from splitq_edge.quant.clipping import search_activation_clip, search_weight_clip
 from splitq_edge.quant.fake import fake_quantize_rows, fake_quantize_weight
@@ -49,20 +50,22 @@ class TrainableGroup(nn.Module):
     """One channel group: its transform and clips.
 
     Args:
-        channels: [K_g] int64, the group's channels.
+        place: the group's channels in the site's channel order.
         outputs: N.
         setting: bits.
         transform: "hadamard" or "identity".
+        device: of the parameters.
     """
 
-    def __init__(self, channels: torch.Tensor, outputs: int, setting: GroupSetting, transform: str) -> None:
+    def __init__(
+        self, place: slice, outputs: int, setting: GroupSetting, transform: str, device: torch.device
+    ) -> None:
         super().__init__()
-        self.channels = channels
+        self.place = place
         self.setting = setting
         self.p1: InvertibleMatrix | None = None
         self.p2: InvertibleMatrix | None = None
-        width = channels.numel()
-        device = channels.device
+        width = place.stop - place.start
         if transform != "identity":
             a, b = factor_pair(width)
             self.p1 = InvertibleMatrix(orthogonal_start(a).to(device))
@@ -95,6 +98,19 @@ class TrainableGroup(nn.Module):
         """Fake-quantized weight."""
         clip = torch.sigmoid(self.weight_clip)
         return fake_quantize_weight(weight, self.setting.bits, group_size=self.setting.group_size, clip=clip)
+
+
+class _Permute(torch.autograd.Function):
+    """x[..., order]; its gradient is a gather too, where indexing's would be a slow scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.order = order
+        return x.index_select(-1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient.index_select(-1, torch.argsort(ctx.order)), None
 
 
 @dataclass(frozen=True)
@@ -137,18 +153,20 @@ class TrainableSite(nn.Module):
         self.quantize = True
         self.without: frozenset[str] = frozenset()
         self.weight = merged_weight(linears)  # [K, N]
+        self.order = plan.order.long().to(self.weight.device)  # main, text, vision channels
+        self._permuted = self.weight[self.order]  # [K, N]
         self.bias = _merged_bias(linears)
         outputs = self.out_features = self.weight.shape[1]
         device = self.weight.device
         start = torch.zeros(self.weight.shape[0], device=device) if inputs is None else start_scale(inputs, config)
         self.log_scale = nn.Parameter(start)
-        self.groups = nn.ModuleDict(
-            {
-                group: TrainableGroup(channels.to(device), outputs, _setting(config, group), config.transform)
-                for group, channels in (("main", plan.main), ("text", plan.text), ("vision", plan.vision))
-                if channels.numel()
-            }
-        )
+        self.groups = nn.ModuleDict()
+        begin = 0
+        for group, width in zip(GROUPS, plan.widths, strict=True):
+            if width:
+                place = slice(begin, begin + width)
+                self.groups[group] = TrainableGroup(place, outputs, _setting(config, group), config.transform, device)
+            begin += width
         self._hessian: torch.Tensor | None = None
         self._observing = False
         self._start_low_rank()
@@ -163,12 +181,13 @@ class TrainableSite(nn.Module):
         self.rank = max(self.cws_rank, self.mac_rank)
         if not self.rank:
             return
-        main = self._group("main").channels
-        self.anchor_scale = self.log_scale.detach()[main].clone()
-        self.anchor = svd_anchor(self.weight[main] * self.anchor_scale.exp()[:, None], self.rank)
+        main = self._group("main").place
+        device = self.weight.device
+        self.anchor_scale = self.log_scale.detach()[self.order[main]].clone()
+        self.anchor = svd_anchor(self._permuted[main] * self.anchor_scale.exp()[:, None], self.rank)
         self.v = dequantize_weight(*quantize_weight(self.anchor.v, self.config.correction.bits))
-        self.gate_cws = nn.Parameter(torch.ones(self.cws_rank, device=main.device))
-        self.gate_mac = nn.Parameter(torch.ones(self.mac_rank, device=main.device))
+        self.gate_cws = nn.Parameter(torch.ones(self.cws_rank, device=device))
+        self.gate_mac = nn.Parameter(torch.ones(self.mac_rank, device=device))
 
     @torch.no_grad()
     def _start_clips(self, inputs: ScaleInputs) -> None:
@@ -193,13 +212,13 @@ class TrainableSite(nn.Module):
 
     def _transformed_groups(self, rows: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """By group: rows behind scale and P [T, K_g], and the weight behind both, CWS taken away [K_g, N]."""
-        scale = self.log_scale.exp()
+        permuted, weights = self._scaled(rows)
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name in self.groups:
             group = self._group(name)
             matrices = group.matrices()
-            transformed = group.transform((rows / scale)[..., group.channels], matrices)
-            weight = group.untransform(self.weight[group.channels] * scale[group.channels, None], matrices)
+            transformed = group.transform(permuted[..., group.place], matrices)
+            weight = group.untransform(weights[group.place], matrices)
             if name == "main" and self.cws_rank:
                 weight = weight - self._smooth(self._factor_u(matrices))
             found[name] = (transformed, weight)
@@ -212,7 +231,8 @@ class TrainableSite(nn.Module):
 
     def _anchor_u(self) -> torch.Tensor:
         """U_r [K_m, R], following the channel scale as it moves away from the anchor's."""
-        return self.anchor.u * (self.log_scale[self._group("main").channels] - self.anchor_scale).exp()[:, None]
+        main = self.order[self._group("main").place]
+        return self.anchor.u * (self.log_scale[main] - self.anchor_scale).exp()[:, None]
 
     def _factor_u(self, matrices: Matrices) -> torch.Tensor:
         """Fake-quantized U = P^-1 U_r [K_m, R]."""
@@ -221,16 +241,15 @@ class TrainableSite(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., K] float32 -> [..., N] float32, everything fake-quantized."""
-        scale = self.log_scale.exp()
-        x = x / scale
+        permuted, scaled = self._scaled(x)
         rows, weights = [], []
         compensation: torch.Tensor | None = None
         for name in self.groups:
             group = self._group(name)
             matrices = group.matrices()
-            transformed = group.transform(x[..., group.channels], matrices)
+            transformed = group.transform(permuted[..., group.place], matrices)
             quantized = group.quantize_rows(transformed) if self.quantize else transformed
-            weight = group.untransform(self.weight[group.channels] * scale[group.channels, None], matrices)
+            weight = group.untransform(scaled[group.place], matrices)
             if name == "main" and self.rank:
                 u = self._factor_u(matrices)
                 weight = self._smoothed(weight, u)
@@ -245,6 +264,11 @@ class TrainableSite(nn.Module):
         if compensation is not None:
             output = output + compensation
         return output if self.bias is None else output + self.bias
+
+    def _scaled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x / s [..., K] and s W [K, N], channels in the order main, text, vision."""
+        scale = self.log_scale[self.order].exp()
+        return _Permute.apply(x, self.order) / scale, self._permuted * scale[:, None]
 
     def _smoothed(self, weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """Q(B - U_s V_s) + U_s V_s of the main group (eq. 17)."""
@@ -335,10 +359,9 @@ class TrainableSite(nn.Module):
 
     def _target(self, name: str, correction: Correction | None) -> tuple[_GroupTarget, Correction | None]:
         group = self._group(name)
-        scale = self.log_scale.exp()
         matrices = group.matrices()
         p1, p2 = (None, None) if matrices is None else (matrices[0].clone(), matrices[2].clone())
-        weight = self.weight[group.channels] * scale[group.channels, None]
+        weight = self._permuted[group.place] * self.log_scale[self.order[group.place]].exp()[:, None]
         target = weight if p1 is None or p2 is None else invert_into_weight(weight, p1, p2)
         if name == "main" and self.rank:
             c = self.config.correction

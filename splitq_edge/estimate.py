@@ -1,0 +1,133 @@
+"""What a calibration will cost and give, from shapes alone: no weight is read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from splitq_edge.config import QuantConfig
+from splitq_edge.correction.low_rank import rank_of
+from splitq_edge.loading import LoadedModel
+from splitq_edge.quant.transforms import factor_pair
+from splitq_edge.splitting.plan import outlier_width
+
+# Passes over a block's weight that one learning step makes (fake quantization, transform, CWS, and their gradients).
+WEIGHT_PASSES = 45
+PROBE = 768  # side of the square product that measures the processor
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """K input and N output channels of a site."""
+
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What to expect.
+
+    Attributes:
+        effective_bits: stored bits a weight of the quantized linears, as `convert.effective_bits` will report.
+        decoder_bytes: of the quantized linears: codes, scales, transforms, factors.
+        float_bytes: of everything that stays float32 (embedding, vision encoder, norms, output projection).
+        block_seconds: calibration of one block on this machine.
+        blocks: number of blocks.
+        tokens: tokens of the calibration samples.
+    """
+
+    effective_bits: float
+    decoder_bytes: int
+    float_bytes: int
+    block_seconds: float
+    blocks: int
+    tokens: int
+
+
+def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: int, packed: bool) -> Estimate:
+    """Estimate a run.
+
+    Args:
+        loaded: may be lazy; only shapes are read.
+        config: the recipe.
+        tokens: tokens of all samples.
+        samples: number of samples.
+        packed: flavour; the portable one stores 2- and 3-bit codes in 4 bits.
+
+    Raises:
+        SplitQError: a width cannot be planned.
+    """
+    shapes = site_shapes(loaded)
+    stored, size = 0, 0
+    for shape in shapes:
+        bits, extra = _site_storage(shape, config, packed=packed)
+        stored += bits
+        size += extra
+    weights = sum(shape.inputs * shape.outputs for shape in shapes)
+    everything = sum(parameter.numel() for parameter in loaded.model.parameters())
+    blocks = loaded.block_count
+    return Estimate(
+        effective_bits=stored / weights,
+        decoder_bytes=size * blocks,
+        float_bytes=4 * (everything - weights * blocks),
+        block_seconds=_block_seconds(weights, config, tokens, samples),
+        blocks=blocks,
+        tokens=tokens,
+    )
+
+
+def site_shapes(loaded: LoadedModel) -> list[SiteShape]:
+    """Shapes of the sites of one block."""
+    block = loaded.language_blocks()[0]
+    shapes = []
+    for site in loaded.adapter.language_block:
+        linears = [block.get_submodule(path) for path in site.linears]
+        widths = [linear.out_features for linear in linears if isinstance(linear, nn.Linear)]
+        first = linears[0]
+        assert isinstance(first, nn.Linear)
+        shapes.append(SiteShape(first.in_features, sum(widths)))
+    return shapes
+
+
+def _site_storage(shape: SiteShape, config: QuantConfig, *, packed: bool) -> tuple[int, int]:
+    """Stored bits of codes and factors, and bytes of all the site's tensors."""
+    k, n = shape.inputs, shape.outputs
+    outliers = outlier_width(k, config.split.ratio, balanced=config.transform != "identity")
+    main = k - outliers
+    full = min(main, n)
+    rank = max(rank_of(config.correction.cws_ratio, full), rank_of(config.correction.mac_ratio, full))
+    factors = rank * (main + n)
+    bits = main * n * config.bits + outliers * n * config.split.bits + factors * config.correction.bits
+    width = {2: 4, 3: 4}.get(config.bits, config.bits) if not packed else config.bits
+    codes = (main * n * width + outliers * n * config.split.bits + factors * config.correction.bits) // 8
+    groups = [main, outliers // 2, outliers - outliers // 2] if outliers else [main]
+    blocks = -(-main // config.group_size) if config.group_size else 1
+    floats = n * (blocks + len(groups) - 1) + 2 * k + 4 * rank
+    if config.transform != "identity":
+        floats += sum(a * a + b * b for a, b in map(factor_pair, groups))
+    return bits, codes + 4 * floats
+
+
+def _block_seconds(weights: int, config: QuantConfig, tokens: int, samples: int) -> float:
+    """Products by the measured rate of a matrix product, passes over weights by that of an addition."""
+    epochs = config.learning.epochs
+    steps = epochs * -(-samples // config.learning.batch)
+    passes = 3 + 3 * epochs + (1 if config.rounding == "gptq" else 0)  # forward, and twice that backward
+    a = torch.ones(PROBE, PROBE)
+    product = _seconds(lambda: a @ a) / (2 * PROBE**3)
+    addition = _seconds(lambda: a + a) / PROBE**2
+    return 2.0 * weights * tokens * passes * product + weights * WEIGHT_PASSES * (steps + 2) * addition
+
+
+def _seconds(action: object) -> float:
+    assert callable(action)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begin)
+    return min(times)
