@@ -238,15 +238,17 @@ def _checked_keys(kind: type, values: dict[str, Any], prefix: str) -> dict[str, 
     return values
 
 
+# What every preset shares; docs/method.md has the measurements behind the choice.
+_COMMON: dict[str, Any] = {"rounding": "gptq", "clip": ClipConfig(weight="search", activation="search")}
 # Auxiliary paths (outlier groups, residual) follow the main activation width but never go below 4 bits.
 _LOW_SPLIT = SplitConfig(activation_bits=4)
 PRESETS: dict[str, QuantConfig] = {
-    "W4A8": QuantConfig("W4A8", bits=4, activation_bits=8),
+    "W4A8": QuantConfig("W4A8", bits=4, activation_bits=8, **_COMMON),
     "W4A4": QuantConfig(
-        "W4A4", bits=4, activation_bits=4, split=_LOW_SPLIT, correction=CorrectionConfig(residual_bits=4)
+        "W4A4", bits=4, activation_bits=4, split=_LOW_SPLIT, correction=CorrectionConfig(residual_bits=4), **_COMMON
     ),
     "W3A3": QuantConfig(
-        "W3A3", bits=3, activation_bits=3, split=_LOW_SPLIT, correction=CorrectionConfig(residual_bits=4)
+        "W3A3", bits=3, activation_bits=3, split=_LOW_SPLIT, correction=CorrectionConfig(residual_bits=4), **_COMMON
     ),
     "W3A2": QuantConfig(
         "W3A2",
@@ -254,6 +256,7 @@ PRESETS: dict[str, QuantConfig] = {
         activation_bits=2,
         split=_LOW_SPLIT,
         correction=CorrectionConfig(cws_ratio=0.03, mac_ratio=0.05, residual_bits=4),
+        **_COMMON,
     ),
 }
 

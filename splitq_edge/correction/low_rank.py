@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from splitq_edge.quant.affine import dequantize_weight, quantize_weight
+from splitq_edge.quant.clipping import search_weight_clip
 from splitq_edge.quant.transforms import invert_into_weight
 
 RANK_MULTIPLE = 4  # dot-product instructions take four consecutive values
+U_CLIP = 0.85  # of the scale of U's columns: long nearly Gaussian vectors, where this keeps most at 4 bits
 
 
 def rank_of(ratio: float, full_rank: int) -> int:
@@ -71,6 +73,16 @@ def svd_anchor(weight: torch.Tensor, rank: int) -> SvdAnchor:
     return SvdAnchor(left[:, :rank].float(), singular[:rank].float(), right[:rank].float())
 
 
+def u_clip(bits: int) -> float:
+    """Clip factor of U's columns."""
+    return U_CLIP if bits <= 4 else 1.0
+
+
+def quantize_v(v: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [R, N] int8 and scale [N] of V, the clip of every column by search."""
+    return quantize_weight(v, bits, clip=search_weight_clip(v, bits))
+
+
 def quantize_low_rank(
     anchor: SvdAnchor,
     p1: torch.Tensor | None,
@@ -91,8 +103,8 @@ def quantize_low_rank(
         bits: bits of the factors.
     """
     u = anchor.u if p1 is None or p2 is None else invert_into_weight(anchor.u, p1, p2)
-    u_codes, u_scale = quantize_weight(u, bits)
-    v_codes, v_scale = quantize_weight(anchor.v, bits)
+    u_codes, u_scale = quantize_weight(u, bits, clip=u_clip(bits))
+    v_codes, v_scale = quantize_v(anchor.v, bits)
     cws = anchor.singular[: gate_cws.numel()] * gate_cws
     mac = anchor.singular[: gate_mac.numel()] * gate_mac
     return LowRank(u_codes, u_scale, v_codes, v_scale, cws, mac)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from splitq_edge.config import QuantConfig
-from splitq_edge.correction.low_rank import quantize_low_rank, rank_of, svd_anchor
+from splitq_edge.correction.low_rank import quantize_low_rank, quantize_v, rank_of, svd_anchor, u_clip
 from splitq_edge.learning.invertible import InvertibleMatrix
 from splitq_edge.methods.scales import ScaleInputs, start_scale
 from splitq_edge.modality import TEXT, ModalityContext
@@ -185,7 +185,7 @@ class TrainableSite(nn.Module):
         device = self.weight.device
         self.anchor_scale = self.log_scale.detach()[self.order[main]].clone()
         self.anchor = svd_anchor(self._permuted[main] * self.anchor_scale.exp()[:, None], self.rank)
-        self.v = dequantize_weight(*quantize_weight(self.anchor.v, self.config.correction.bits))
+        self.v = dequantize_weight(*quantize_v(self.anchor.v, self.config.correction.bits))
         self.gate_cws = nn.Parameter(torch.ones(self.cws_rank, device=device))
         self.gate_mac = nn.Parameter(torch.ones(self.mac_rank, device=device))
 
@@ -237,7 +237,8 @@ class TrainableSite(nn.Module):
     def _factor_u(self, matrices: Matrices) -> torch.Tensor:
         """Fake-quantized U = P^-1 U_r [K_m, R]."""
         u = self._group("main").untransform(self._anchor_u(), matrices)
-        return fake_quantize_weight(u, self.config.correction.bits) if self.quantize else u
+        bits = self.config.correction.bits
+        return fake_quantize_weight(u, bits, clip=u_clip(bits)) if self.quantize else u
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., K] float32 -> [..., N] float32, everything fake-quantized."""
