@@ -15,6 +15,7 @@ import torch
 from splitq_edge import __version__
 from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_json
 from splitq_edge.convert import QuantizedModel, effective_bits
+from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.onnx_export import check_axes, trace
 from splitq_edge.exporters.parts import CacheShape, Decoder, EmbedTokens, VisionEncoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
@@ -58,8 +59,9 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         folder: existing empty folder.
 
     Raises:
-        SplitQError: a graph cannot be traced as needed.
+        SplitQError: a graph cannot be traced as needed, or the graphs of this family cannot be written yet.
     """
+    check_exportable(loaded)
     parity: dict[str, np.ndarray] = {}
     with torch.inference_mode():
         features = _parity_vision(loaded, request, parity)
@@ -83,6 +85,20 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
     write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features))
 
 
+def check_exportable(loaded: LoadedModel) -> int:
+    """The image token's id of a model whose graphs can be written.
+
+    Raises:
+        SplitQError: it is text only, or its vision encoder needs more than pixel_values.
+    """
+    if loaded.image_token_id is None or not hasattr(loaded.model.config, "vision_feature_layer"):
+        raise SplitQError(
+            f"export: expected a model whose vision encoder takes pixel_values alone, "
+            f"got model type '{loaded.adapter.model_type}'; it can be quantized but not exported yet"
+        )
+    return loaded.image_token_id
+
+
 def _vision_graph(loaded: LoadedModel, request: ExportRequest) -> ir.Model:
     pixels = request.sample["pixel_values"]
     model = trace(
@@ -99,7 +115,7 @@ def _vision_graph(loaded: LoadedModel, request: ExportRequest) -> ir.Model:
 def _embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
     dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "images"}}
     model = trace(
-        EmbedTokens(loaded.model.get_input_embeddings(), loaded.image_token_id),
+        EmbedTokens(loaded.model.get_input_embeddings(), check_exportable(loaded)),
         {
             "input_ids": torch.zeros(2, 5, dtype=torch.long),
             "image_features": torch.cat([features, features])[:2].clone(),
@@ -189,7 +205,7 @@ def _parity_embed(
     loaded: LoadedModel, request: ExportRequest, features: torch.Tensor, parity: dict[str, np.ndarray]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     input_ids = request.sample["input_ids"]
-    embeds, modality = EmbedTokens(loaded.model.get_input_embeddings(), loaded.image_token_id)(input_ids, features)
+    embeds, modality = EmbedTokens(loaded.model.get_input_embeddings(), check_exportable(loaded))(input_ids, features)
     _store(
         parity,
         "embed_tokens/prompt",

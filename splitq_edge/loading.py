@@ -1,7 +1,8 @@
-"""From a Hugging Face folder or hub id to model, processor and adapter."""
+"""From a Hugging Face folder or hub id to model, processor and adapter; weights in memory or read on demand."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,20 +15,26 @@ from torch import nn
 
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.adapters.registry import adapter_for
+from splitq_edge.checkpoint import CheckpointWeights, safetensors_files
 from splitq_edge.errors import SplitQError
 from splitq_edge.modality import ModalityContext, modality_of
+
+CPU = torch.device("cpu")
 
 
 @dataclass
 class LoadedModel:
-    """A vision-language model ready to be calibrated.
+    """A model ready to be calibrated.
 
     Attributes:
         source: what the user gave: folder or hub id.
-        model: the transformers model in float32, evaluation mode.
-        processor: its processor (tokenizer + image processor + chat template).
+        model: the transformers model in float32, evaluation mode; on the meta device when loaded lazily, except for
+            buffers that no checkpoint holds (rotary frequencies).
+        processor: its processor (tokenizer + image processor + chat template); the tokenizer of a text-only model.
         adapter: description of the family.
         context: carries the modality mask to quantized layers; set by every forward of `model` from its input_ids.
+        weights: reads the weights of a lazily loaded model; None when `model` holds them.
+        device: where `model`, or what is read of it, lives.
     """
 
     source: str
@@ -35,17 +42,79 @@ class LoadedModel:
     processor: Any
     adapter: ModelAdapter
     context: ModalityContext
+    weights: CheckpointWeights | None = None
+    device: torch.device = CPU
 
     @property
-    def image_token_id(self) -> int:
-        """Id of the token that image features replace."""
-        return int(getattr(self.model.config, self.adapter.image_token_field))
+    def image_token_id(self) -> int | None:
+        """Id of the token that image features replace, None for a text-only model."""
+        field = self.adapter.image_token_field
+        return int(getattr(self.model.config, field)) if field else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, inside a processor or by itself."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the language model."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def final_norm_path(self) -> str:
+        """Module between the last block and the output projection."""
+        return self.adapter.final_norm
+
+    @property
+    def block_count(self) -> int:
+        """Number of language blocks."""
+        return len(self.language_blocks())
 
     def language_blocks(self) -> nn.ModuleList:
         """The blocks whose linears are quantized."""
         blocks = self.model.get_submodule(self.adapter.language_blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
+
+    def block(self, index: int) -> nn.Module:
+        """A copy of a language block that the caller owns: float32 weights on `device`, evaluation mode, no gradients.
+
+        Args:
+            index: 0 to `block_count` - 1.
+
+        Raises:
+            SplitQError: a weight cannot be read.
+        """
+        block = copy.deepcopy(self.language_blocks()[index])
+        if self.weights is not None:
+            path = f"{self.adapter.language_blocks}.{index}"
+            self.weights.fill(
+                [(f"{path}.{name}" if name else path, module) for name, module in block.named_modules()], self.device
+            )
+        return block.eval().requires_grad_(False)
+
+    @contextmanager
+    def outside_blocks(self) -> Iterator[None]:
+        """Within the `with` block everything but the language blocks has its weights, in float32 on `device`.
+
+        `model` then runs up to its first language block, and what follows the last one (`final_norm_path`, lm_head)
+        can be called. On exit a lazily loaded model gives the weights up again.
+
+        Raises:
+            SplitQError: a weight cannot be read.
+        """
+        if self.weights is None:
+            yield
+            return
+        blocks = self.adapter.language_blocks + "."
+        modules = [(path, module) for path, module in self.model.named_modules() if not path.startswith(blocks)]
+        undo = self.weights.fill(modules, self.device)
+        try:
+            yield
+        finally:
+            for restore in undo:
+                restore()
 
     @contextmanager
     def modality_from_inputs(self) -> Iterator[None]:
@@ -63,37 +132,98 @@ class LoadedModel:
             handle.remove()
 
 
-def load_model(source: str, *, revision: str | None = None) -> LoadedModel:
+def load_model(
+    source: str, *, revision: str | None = None, lazy: bool = False, device: torch.device | str = CPU
+) -> LoadedModel:
     """Load a checkpoint in float32.
 
     Args:
         source: local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
         revision: hub revision.
+        lazy: leave the weights in their files and read them when `block` or `outside_blocks` asks for them.
+        device: where the weights live once read.
 
     Raises:
-        SplitQError: folder missing or without config.json, unsupported model type, unreadable or incomplete weights.
+        SplitQError: folder missing or without config.json, unsupported model type, a checkpoint that is quantized
+            already, weights that are unreadable, missing or not the model's; lazily also weights that are not in
+            safetensors files.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    import transformers
     from transformers.utils import logging as hf_logging
 
     adapter = adapter_for(_model_type(source, revision))
+    device = torch.device(device)
     hf_logging.disable_progress_bar()
     try:
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        if getattr(config, "quantization_config", None) is not None:
+            raise SplitQError(f"model {source}: expected float weights, got a quantized checkpoint; give the original")
+        # On the meta device transformers checks names and shapes against the files' headers and reads no weight.
+        files = safetensors_files(source, revision) if lazy else []
         model: Any
         info: dict[str, Any]
-        model, info = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]
-            source, revision=revision, dtype=torch.float32, output_loading_info=True
+        model, info = getattr(transformers, adapter.model_class).from_pretrained(
+            source,
+            revision=revision,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the weight's name
+            **({"device_map": "meta"} if lazy else {}),
         )
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
+        processor = _load_processor(source, revision, adapter, config)
+    except SplitQError:
+        raise
     except Exception as error:
         raise SplitQError(f"model {source}: expected a loadable checkpoint ({_one_line(error)})") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise SplitQError(
-            f"model {source}: expected all weights, {len(missing)} are missing, the first is {missing[0]}; "
-            "check that the checkpoint is complete"
-        )
-    return LoadedModel(source, model.eval(), processor, adapter, ModalityContext())
+    _check_complete(source, model, info)
+    if lazy:
+        _materialize_buffers(model, device)
+        weights = CheckpointWeights(model, files)
+    else:
+        model.to(device)
+        weights = None
+    return LoadedModel(source, model.eval(), processor, adapter, ModalityContext(), weights, device)
+
+
+def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
+    for problem, advice in (
+        ("missing", "check that the checkpoint is complete"),
+        ("unexpected", "check that config.json belongs to the weights"),
+        ("mismatched", "check that config.json belongs to the weights"),
+    ):
+        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info[f"{problem}_keys"])
+        if names:
+            raise SplitQError(
+                f"model {source}: expected the weights of {type(model).__name__}, "
+                f"{len(names)} are {problem}, the first is {names[0]}; {advice}"
+            )
+
+
+def _materialize_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds; parameters are marked as loaded and stay on the meta device."""
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        module._buffers[key] = torch.empty_like(buffer, device=device)
+        module._is_hf_initialized = False
+    model.initialize_weights()
+
+
+def _load_processor(source: str, revision: str | None, adapter: ModelAdapter, config: Any) -> Any:
+    """Processor of a vision-language model, tokenizer of a text-only one."""
+    import transformers
+    from transformers.utils import is_torchvision_available
+
+    if not adapter.image_token_field:
+        return transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+    if not adapter.image_only_processor or is_torchvision_available():
+        return transformers.AutoProcessor.from_pretrained(source, revision=revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+    image_token = tokenizer.convert_ids_to_tokens(int(getattr(config, adapter.image_token_field)))
+    return getattr(transformers, adapter.image_only_processor).from_pretrained(
+        source, revision=revision, extra_special_tokens={"image_token": image_token}
+    )
 
 
 def _model_type(source: str, revision: str | None) -> str:
