@@ -90,7 +90,7 @@ class CheckpointWeights:
 
     @torch.no_grad()
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, torch.Tensor]:
-        """Copies of weights; each file is closed before the next is opened, so nothing stays mapped.
+        """Copies of weights.
 
         Args:
             names: the model's names, see `in`.
@@ -110,9 +110,9 @@ class CheckpointWeights:
         for file, entries in by_file.items():
             with _opened(file) as tensors:
                 for name, key in entries:
-                    stored = tensors.get_tensor(key)  # a view of the mapped file, hence the copy
+                    stored = tensors.get_tensor(key)
                     dtype = torch.float32 if stored.is_floating_point() else stored.dtype
-                    result[name] = stored.to(device=device, dtype=dtype, copy=True)
+                    result[name] = stored.to(device=device, dtype=dtype)
         return result
 
     def fill(self, modules: Iterable[tuple[str, nn.Module]], device: torch.device) -> list[Callable[[], None]]:
@@ -157,11 +157,11 @@ class CheckpointWeights:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, mapped while the block runs."""
+    """A safetensors file. It is read, not mapped: pages of a mapped file count as memory in use until it is closed."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="pt", backend="pread") as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
         raise SplitQError(f"{file}: expected a whole safetensors file ({error}); fetch it again") from error

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from builders import IMAGE_TOKEN_ID, SPECIAL_TOKENS, VOCABULARY, left_padded, prompt_ids, rng, tiny_llava_config
+from builders import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN_ID,
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    left_padded,
+    prompt_ids,
+    rng,
+    tiny_llava_config,
+    tiny_processor,
+)
 from torch import nn
 
 QWEN_VIDEO_TOKEN_ID = VOCABULARY - 1
@@ -84,7 +95,6 @@ def tiny_model(model_type: str, seed: int = 0, **config: Any) -> Any:
 
 def tiny_tokenizer(**settings: Any) -> Any:
     """The byte-level tokenizer of `builders.tiny_processor` by itself."""
-    from builders import tiny_processor
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = tiny_processor().tokenizer
@@ -101,15 +111,19 @@ def tiny_tokenizer(**settings: Any) -> Any:
 
 def save_processor(model_type: str, folder: Path) -> None:
     """Processor files as the family's checkpoints have them."""
-    from builders import tiny_processor
-    from transformers import Qwen2VLImageProcessorPil
-
     if model_type == "llava":
         tiny_processor().save_pretrained(folder)
         return
     tiny_tokenizer().save_pretrained(folder)
     if model_type == "qwen2_5_vl":
-        Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 168).save_pretrained(folder)
+        settings = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "min_pixels": 56 * 56,
+            "max_pixels": 112 * 168,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
 
 
 def save_checkpoint(

@@ -175,11 +175,10 @@ def test_image_token_tokenizer_and_text_config_of_each_family(checkpoint: Path, 
 def test_a_processor_without_videos_makes_inputs_that_the_model_takes(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    from PIL import Image
-
     loaded = load_model(str(checkpoints["qwen2_5_vl"]))
-    image = Image.open(write_image(tmp_path / "image.png"))  # 64 x 48 pixels, scaled to 3 x 2 tokens
-    inputs = loaded.processor(text=["<image> what?"], images=[image], return_tensors="pt")
+    image = write_image(tmp_path / "image.png")  # 64 x 48 pixels, scaled to 2 x 2 tokens
+    chat = [{"role": "user", "content": [{"type": "image", "path": str(image)}, {"type": "text", "text": "what?"}]}]
+    inputs = loaded.processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 4]]
     is_image = inputs["input_ids"] == loaded.image_token_id
     assert is_image.sum() == 4
