@@ -24,7 +24,7 @@ from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.config import QuantConfig, load_recipe, preset
 from splitq_edge.convert import QuantizedModel, assemble, effective_bits
 from splitq_edge.errors import SplitQError
-from splitq_edge.exporters.export_folder import ExportRequest, write_export
+from splitq_edge.exporters.export_folder import ExportRequest, check_exportable, write_export
 from splitq_edge.loading import LoadedModel, load_model
 from splitq_edge.methods.registry import method_config
 from splitq_edge.parallel import Processes
@@ -88,6 +88,8 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lazy = options.memory_limit is not None or options.stop_after is not None
     loaded = load_model(options.model, revision=options.revision, lazy=lazy, device=device)
+    if options.stop_after is None:
+        check_exportable(loaded)
     with progress_bars(console) as progress:
         task = progress.add_task("encode samples", total=len(samples))
         encoded = [encode_sample(loaded.processor, sample) for sample in progress.track(samples, task_id=task)]
