@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from splitq_edge.errors import SplitQError
-from splitq_edge.runtime_ops.session import ExportedModel
+from splitq_edge.runtime_ops.session import Cache, ExportedModel
 
 
 def greedy_tokens(
@@ -19,15 +19,17 @@ def greedy_tokens(
     image_features: np.ndarray,
     *,
     max_new_tokens: int,
+    cache: Cache | None = None,
 ) -> Iterator[np.ndarray]:
     """Greedy decoding of a batch.
 
     Args:
         model: the exported model.
         input_ids: [batch, sequence] int64, left-padded.
-        attention_mask: [batch, sequence] int64.
+        attention_mask: [batch, past + sequence] int64.
         image_features: rows of all images of the batch in reading order, see `ExportedModel.embed`.
         max_new_tokens: limit of new tokens a row.
+        cache: of the tokens before input_ids; none: the batch begins here.
 
     Yields:
         [batch] int64, the next token of every row; after a row's end token its padding token. Ends when all rows have
@@ -36,7 +38,7 @@ def greedy_tokens(
     eos, pad = np.array(model.manifest["eos_token_ids"]), model.manifest["pad_token_id"]
     embeds, modality = model.embed(input_ids, image_features)
     mask = attention_mask.astype(np.int64)
-    cache = model.empty_cache(input_ids.shape[0])
+    cache = model.empty_cache(input_ids.shape[0]) if cache is None else cache
     done = np.zeros(input_ids.shape[0], bool)
     no_images = image_features[:0]
     for step in range(max_new_tokens):

@@ -36,6 +36,14 @@ class Cache:
         """Tokens in the cache."""
         return next(iter(self.values.values())).shape[2]
 
+    def take(self, rows: np.ndarray) -> Cache:
+        """The cache of the batch that these rows make.
+
+        Args:
+            rows: [batch] integers; a row may be taken more than once.
+        """
+        return Cache({name: value[rows] for name, value in self.values.items()})
+
 
 class ExportedModel:
     """The three parts of an exported vision-language model.
@@ -58,15 +66,9 @@ class ExportedModel:
 
     @staticmethod
     def _use_native(native: bool | None) -> bool:
-        if native is False:
-            return False
-        available = runtime_ops.library_path() is not None
-        if native and not available:
-            raise SplitQError(
-                "native library: expected one beside splitq_edge.runtime_ops, found none; install a C++ compiler and "
-                "reinstall splitq-edge, or run with the function bodies"
-            )
-        return available
+        if native:
+            require_native()
+        return native is not False and runtime_ops.library_path() is not None
 
     @functools.cached_property
     def _sessions(self) -> dict[str, ort.InferenceSession]:
@@ -151,7 +153,8 @@ class ExportedModel:
         Args:
             inputs_embeds: [batch, sequence, hidden] float32.
             modality: [batch, sequence] int8.
-            attention_mask: [batch, past + sequence] int64, 0 for padding.
+            attention_mask: [batch, past + sequence] int64, 0 for padding, which may lie between tokens: positions
+                count what is not padding.
             cache: what the call before returned, or `empty_cache`.
 
         Returns:
@@ -169,3 +172,16 @@ class ExportedModel:
         outputs = self.run("decoder", feeds)
         grown = {name: outputs[name.replace("past_key_values", "present")] for name in cache.values}
         return outputs["logits"], Cache(grown)
+
+
+def require_native() -> None:
+    """Check that the native library is there.
+
+    Raises:
+        SplitQError: it is not.
+    """
+    if runtime_ops.library_path() is None:
+        raise SplitQError(
+            "native library: expected one beside splitq_edge.runtime_ops, found none; install a C++ compiler and "
+            "reinstall splitq-edge, or run with the function bodies"
+        )
