@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from splitq_edge import __version__
-from splitq_edge.config import PRESETS
+from splitq_edge.config import PRESETS, TRANSFORMS
 from splitq_edge.errors import SplitQError
 
 ROWS_MISSING = 1
@@ -34,6 +34,7 @@ EXTRAS = {
 PATH = click.Path(path_type=Path)
 # The keys of methods.registry.METHODS; a test keeps them equal.
 METHOD_NAMES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "quarot", "flatquant", "splitq")
+ABLATIONS = ("components", "rules", "mac")  # methods.ablation.TABLES
 
 
 class _Bytes(click.ParamType):
@@ -215,9 +216,38 @@ def _names(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
     return read
 
 
+def _table_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that `table` and `ablate` share."""
+    options = (
+        click.option("--task", default="easyvqa", show_default=True, help="Built-in task, also the calibration data."),
+        click.option("--results", type=PATH, required=True, help="JSON file of the rows; those in it are kept."),
+        click.option("--redo", is_flag=True, help="Measure the rows of the file again."),
+        click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all."),
+        click.option("--calib-samples", default=128, show_default=True, help="Samples to calibrate with."),
+        click.option("--seed", default=0, show_default=True, help="Seed of samples and draw."),
+        click.option(
+            "--work", type=PATH, default=Path("build/table"), show_default=True, help="Folder for the exports."
+        ),
+        click.option("--keep", is_flag=True, help="Keep the exports in the work folder."),
+        click.option("--markdown", is_flag=True, help="Print the table in Markdown."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _measure_rows(rows: Any, options: dict[str, Any]) -> None:
+    from splitq_edge.commands.console import make_console
+    from splitq_edge.commands.table import TableOptions, run_table
+
+    failed = run_table(TableOptions(**options), rows, make_console())
+    if failed:
+        click.echo(f"error: {failed} rows could not be measured (above); the next run tries them again", err=True)
+        sys.exit(ROWS_MISSING)
+
+
 @main.command()
 @click.argument("model")
-@click.option("--task", default="easyvqa", show_default=True, help="Built-in task, also the calibration data.")
 @click.option(
     "--methods",
     default=",".join(METHOD_NAMES),
@@ -234,24 +264,36 @@ def _names(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
     metavar="NAMES",
     help="Schemes, with commas between.",
 )
-@click.option("--results", type=PATH, required=True, help="JSON file of the rows; those in it are kept.")
-@click.option("--redo", is_flag=True, help="Measure the rows of the file again.")
-@click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all.")
-@click.option("--calib-samples", default=128, show_default=True, help="Samples to calibrate with.")
-@click.option("--seed", default=0, show_default=True, help="Seed of samples and draw.")
-@click.option("--work", type=PATH, default=Path("build/table"), show_default=True, help="Folder for the exports.")
-@click.option("--keep", is_flag=True, help="Keep the exports in the work folder.")
-@click.option("--markdown", is_flag=True, help="Print the table in Markdown.")
+@_table_options
 @_reports_errors
-def table(**options: Any) -> None:
+def table(methods: tuple[str, ...], schemes: tuple[str, ...], **options: Any) -> None:
     """Measure MODEL (folder or hub id) in float32 and with every method at every scheme, in the native kernels."""
-    from splitq_edge.commands.console import make_console
-    from splitq_edge.commands.table import TableOptions, run_table
+    from splitq_edge.commands.table import method_rows
 
-    failed = run_table(TableOptions(**options), make_console())
-    if failed:
-        click.echo(f"error: {failed} rows could not be measured (above); the next run tries them again", err=True)
-        sys.exit(ROWS_MISSING)
+    _measure_rows(method_rows(methods, schemes), options)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--scheme", type=click.Choice(list(PRESETS)), default="W3A3", show_default=True)
+@click.option(
+    "--tables",
+    default=",".join(ABLATIONS[:2]),
+    show_default=True,
+    callback=_names(ABLATIONS),
+    metavar="NAMES",
+    help="components: flatquant, +MOCD, +CWS, +MAC; rules: how channels are chosen; mac: the rows it works on.",
+)
+@click.option("--epochs", type=click.IntRange(min=0), help="Epochs of learning instead of the preset's; 0: none.")
+@click.option("--transform", type=click.Choice(TRANSFORMS), help="Start of the transform instead of the preset's.")
+@_table_options
+@_reports_errors
+def ablate(scheme: str, tables: tuple[str, ...], epochs: int | None, transform: str | None, **options: Any) -> None:
+    """Measure what each component of SplitQ and each rule of channel choice gives on MODEL, in the native kernels."""
+    from splitq_edge.commands.table import ablation_rows
+
+    rows = [row for name in tables for row in ablation_rows(name, scheme, epochs=epochs, transform=transform)]
+    _measure_rows(rows, options)
 
 
 @main.command()

@@ -185,4 +185,3 @@ def _unpack_site(
         group_size=described["group_size"],
         activation_symmetric=described["activation_symmetric"],
     )
-

@@ -105,7 +105,9 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     if not processes.main:
         return {"calibration_s": seconds}
     if state is not None and state.finished() < loaded.block_count:
-        console.print(f"{state.folder}: {state.finished()} of {loaded.block_count} blocks finished; go on with --resume")
+        console.print(
+            f"{state.folder}: {state.finished()} of {loaded.block_count} blocks finished; go on with --resume"
+        )
         return {"calibration_s": seconds}
     if lazy or device != "cpu":  # the graphs are traced from the whole model in memory
         loaded = load_model(options.model, revision=options.revision)

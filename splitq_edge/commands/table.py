@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,9 +15,12 @@ from rich.console import Console
 from splitq_edge.artifacts import check_target
 from splitq_edge.commands.evaluate import EvalOptions, pick, run_eval
 from splitq_edge.commands.export import ExportOptions, run_export
+from splitq_edge.config import QuantConfig, preset
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.results import Results, Row, render, render_markdown
 from splitq_edge.evaluate.tasks import load_task
+from splitq_edge.methods.ablation import ablation_recipes
+from splitq_edge.methods.registry import method_config
 from splitq_edge.runtime_ops.session import require_native
 
 logger = logging.getLogger(__name__)
@@ -28,13 +31,24 @@ BACKEND = "ort-native"
 
 @dataclass(frozen=True)
 class TableOptions:
-    """Options of the command, as typed."""
+    """What is common to the rows of a table.
+
+    Attributes:
+        model: folder or hub id.
+        results: JSON file of the rows.
+        task: built-in task, also the calibration data.
+        work: folder for the exports.
+        limit: questions to ask, None for all.
+        calib_samples: samples to calibrate with.
+        seed: of samples and draw.
+        redo: measure the rows of the file again.
+        keep: keep the exports.
+        markdown: print the table in Markdown.
+    """
 
     model: str
     results: Path
     task: str
-    methods: tuple[str, ...]
-    schemes: tuple[str, ...]
     work: Path
     limit: int | None = None
     calib_samples: int = 128
@@ -43,13 +57,56 @@ class TableOptions:
     keep: bool = False
     markdown: bool = False
 
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Method and scheme of every row."""
-        yield FLOAT
-        yield from ((method, scheme) for scheme in self.schemes for method in self.methods)
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row to measure.
+
+    Attributes:
+        method: its label.
+        scheme: its scheme.
+        config: its recipe, None for the float model.
+    """
+
+    method: str
+    scheme: str
+    config: QuantConfig | None
 
 
-def run_table(options: TableOptions, console: Console) -> int:
+def method_rows(methods: tuple[str, ...], schemes: tuple[str, ...]) -> list[Measurement]:
+    """The float model, then every method at every scheme."""
+    return [
+        Measurement(*FLOAT, None),
+        *(
+            Measurement(method, scheme, method_config(method, preset(scheme)))
+            for scheme in schemes
+            for method in methods
+        ),
+    ]
+
+
+def ablation_rows(table: str, scheme: str, *, epochs: int | None, transform: str | None) -> list[Measurement]:
+    """Rows of one of the paper's ablations, see `methods.ablation`.
+
+    Args:
+        table: "components", "rules" or "mac".
+        scheme: a preset.
+        epochs: instead of the preset's; 0 learns nothing.
+        transform: instead of the preset's.
+    """
+    config = preset(scheme)
+    label = ""
+    if epochs is not None:
+        config = replace(config, learning=replace(config.learning, epochs=epochs))
+        label += f", {epochs} epochs"
+    if transform is not None:
+        config = replace(config, transform=transform)
+        label += f", {transform}"
+    recipes = ablation_recipes(config, table)
+    return [Measurement(f"{table}: {name}{label}", scheme, recipe) for name, recipe in recipes.items()]
+
+
+def run_table(options: TableOptions, rows: list[Measurement], console: Console) -> int:
     """Measure the rows that the results file lacks and print them all; returns how many could not be measured.
 
     A row of the file is measured again with `redo`, or if it was taken with another number of questions.
@@ -62,7 +119,8 @@ def run_table(options: TableOptions, console: Console) -> int:
     wanted = len(pick(load_task(options.task, "test"), options.limit, options.seed))
     _make_folder(options.work)
     failed = 0
-    for method, scheme in options.pairs():
+    for wanted_row in rows:
+        method, scheme = wanted_row.method, wanted_row.scheme
         label = f"{method} {scheme}"
         row = results.get((method, scheme, BACKEND, options.task))
         if row is not None and row.n == wanted and not options.redo:
@@ -72,7 +130,7 @@ def run_table(options: TableOptions, console: Console) -> int:
             console.print(f"{label}: measured with {row.n} questions, now with {wanted}", highlight=False)
         start = time.monotonic()
         try:
-            row = _measure(options, method, scheme)
+            row = _measure(options, wanted_row)
         except Exception as error:  # one method's failure, of whatever kind, must not cost the other rows
             failed += 1
             logger.debug("%s", label, exc_info=True)
@@ -91,9 +149,10 @@ def run_table(options: TableOptions, console: Console) -> int:
     return failed
 
 
-def _measure(options: TableOptions, method: str, scheme: str) -> Row:
+def _measure(options: TableOptions, wanted: Measurement) -> Row:
     """Export in a folder of its own, evaluate, and delete the folder whatever happens."""
-    name = f"{Path(options.model).resolve().name}-{method}-{scheme}"
+    label = re.sub(r"[^\w+-]+", "-", wanted.method)
+    name = f"{Path(options.model).resolve().name}-{label}-{wanted.scheme}"
     if options.keep:
         check_target(options.work / name, force=True)
     quiet = Console(quiet=True)
@@ -102,13 +161,12 @@ def _measure(options: TableOptions, method: str, scheme: str) -> Row:
         export = ExportOptions(
             model=options.model,
             out=out,
-            scheme=scheme,
-            method="splitq" if (method, scheme) == FLOAT else method,  # in float32 no method is applied
+            scheme=wanted.scheme,
             calib=options.task,
             calib_samples=options.calib_samples,
             seed=options.seed,
         )
-        calibration_s = run_export(export, quiet)["calibration_s"]
+        calibration_s = run_export(export, quiet, wanted.config)["calibration_s"]
         asked = EvalOptions(str(out), options.task, "ort", limit=options.limit, seed=options.seed, threads=0, json=None)
         result = run_eval(asked, quiet)
         if options.keep:
@@ -116,8 +174,8 @@ def _measure(options: TableOptions, method: str, scheme: str) -> Row:
             out.rename(options.work / name)
     values = result["tasks"][options.task]
     return Row(
-        method=method,
-        scheme=scheme,
+        method=wanted.method,
+        scheme=wanted.scheme,
         backend=BACKEND,
         task=options.task,
         n=values["n"],

@@ -57,9 +57,7 @@ class TrainableGroup(nn.Module):
         device: of the parameters.
     """
 
-    def __init__(
-        self, place: slice, outputs: int, setting: GroupSetting, transform: str, device: torch.device
-    ) -> None:
+    def __init__(self, place: slice, outputs: int, setting: GroupSetting, transform: str, device: torch.device) -> None:
         super().__init__()
         self.place = place
         self.setting = setting
@@ -379,7 +377,9 @@ class TrainableSite(nn.Module):
             correction = Correction(**vars(low_rank), bits=c.bits, residual_bits=c.residual_bits, mac_rows=c.mac_rows)
         s = group.setting
         clip = torch.sigmoid(group.weight_clip)
-        return _GroupTarget(p1, p2, target, weight_scale(target, s.bits, group_size=s.group_size, clip=clip)), correction
+        return _GroupTarget(
+            p1, p2, target, weight_scale(target, s.bits, group_size=s.group_size, clip=clip)
+        ), correction
 
     def _codes(self, targets: dict[str, _GroupTarget], hessian: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """int8 codes [K_g, N] of every group; GPTQ lets the error of one group flow into the next."""
@@ -400,7 +400,9 @@ class TrainableSite(nn.Module):
             expand_scale(target.scale, width, settings[name].group_size).expand(width, -1)
             for (name, target), width in zip(targets.items(), widths, strict=True)
         ]
-        bits = torch.cat([torch.full((width,), settings[name].bits) for name, width in zip(targets, widths, strict=True)])
+        bits = torch.cat(
+            [torch.full((width,), settings[name].bits) for name, width in zip(targets, widths, strict=True)]
+        )
         codes = gptq_codes(weight, hessian, torch.cat(scales), bits)
         return {name: part.contiguous() for name, part in zip(targets, codes.split(widths), strict=True)}
 
@@ -437,7 +439,9 @@ def _merged_bias(linears: list[nn.Linear]) -> torch.Tensor | None:
         return None
     return torch.cat(
         [
-            linear.weight.new_zeros(linear.out_features).float() if linear.bias is None else linear.bias.detach().float()
+            linear.weight.new_zeros(linear.out_features).float()
+            if linear.bias is None
+            else linear.bias.detach().float()
             for linear in linears
         ]
     )

@@ -32,9 +32,7 @@ def ablation_recipes(config: QuantConfig, table: str) -> dict[str, QuantConfig]:
         },
         "mac": {
             "none": without_mac,
-            **{
-                rows: replace(config, correction=replace(config.correction, mac_rows=rows)) for rows in ("text", "all")
-            },
+            **{rows: replace(config, correction=replace(config.correction, mac_rows=rows)) for rows in ("text", "all")},
         },
     }
     return tables[table]

@@ -42,9 +42,7 @@ def site_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> 
     return {"sqnr_db": stages, "channels": channel_report(site.plan, stats)}
 
 
-def _stage_outputs(
-    site: TrainableSite, frozen: SplitLinear, x: torch.Tensor, kind: int
-) -> dict[str, torch.Tensor]:
+def _stage_outputs(site: TrainableSite, frozen: SplitLinear, x: torch.Tensor, kind: int) -> dict[str, torch.Tensor]:
     mask = torch.full(x.shape[:1], kind, dtype=torch.int8, device=x.device)
     outputs = {"rtn": _nearest(site, x, split=False), "split": _nearest(site, x, split=True)}
     with site.context.using(mask):

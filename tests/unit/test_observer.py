@@ -62,7 +62,10 @@ def test_absmax_and_rows_are_kept_per_modality() -> None:
 @pytest.mark.parametrize("limit", [1, 7, 64, 4096])
 def test_any_cut_into_batches_and_any_order_gives_the_same_statistics(cuts: list[int], limit: int) -> None:
     whole = observe(30, [], limit)
-    for other in (observe(30, cuts, limit), observe(30, cuts, limit, order=torch.randperm(30, generator=rng()).tolist())):
+    for other in (
+        observe(30, cuts, limit),
+        observe(30, cuts, limit, order=torch.randperm(30, generator=rng()).tolist()),
+    ):
         for name in ("vision_absmax", "text_absmax", "text_rows", "vision_rows"):
             assert torch.equal(getattr(whole, name), getattr(other, name)), name
         assert (whole.text_tokens, whole.vision_tokens) == (other.text_tokens, other.vision_tokens)
@@ -107,7 +110,9 @@ def test_kept_rows_do_not_follow_a_buffer_that_is_reused() -> None:
 def test_low_precision_activations_are_kept_in_float32() -> None:
     observer = Observer("site", 1)
     mask = torch.ones(1, 3, dtype=torch.bool)
-    observer.update(torch.ones(1, 3, 2, dtype=torch.bfloat16), torch.zeros(1, 3, dtype=torch.int8), mask, torch.tensor([0]))
+    observer.update(
+        torch.ones(1, 3, 2, dtype=torch.bfloat16), torch.zeros(1, 3, dtype=torch.int8), mask, torch.tensor([0])
+    )
     assert observer.stats(ALONE).text_rows.dtype == torch.float32
 
 

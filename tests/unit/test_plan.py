@@ -9,8 +9,8 @@ from builders import rng
 from splitq_edge.calibration.observer import Observer, SiteStats
 from splitq_edge.config import SplitConfig
 from splitq_edge.errors import SplitQError
-from splitq_edge.quant.transforms import factor_pair, has_balanced_factors
 from splitq_edge.parallel import Processes
+from splitq_edge.quant.transforms import factor_pair, has_balanced_factors
 from splitq_edge.splitting.plan import MAIN_MULTIPLE, outlier_width, plan_split
 
 
