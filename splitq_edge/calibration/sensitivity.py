@@ -1,4 +1,4 @@
-"""How much the loss depends on each site, by modality: gradients taken block by block, one block in memory at a time."""
+"""How much the loss depends on each site, by modality: gradients block by block, one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def collect_sensitivity(
 ) -> Sensitivity:
     """Mean absolute gradient of the answers' loss at every site's output and every block's output (MBQ).
 
-    The loss is the mean negative log-likelihood of the answer tokens. Forward through the float blocks with their inputs
-    kept, then backward block after block.
+    The loss is the mean negative log-likelihood of the answer tokens. Forward through the float blocks with their
+    inputs kept, then backward block after block.
 
     Args:
         loaded: the float model.

@@ -76,8 +76,8 @@ class CalibrationState:
         changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if changed:
             raise SplitQError(
-                f"calibration state {self.folder}: expected the same run, {', '.join(changed)} changed; use the options "
-                "of the first run, or delete the folder to begin anew"
+                f"calibration state {self.folder}: expected the same run, {', '.join(changed)} changed; use the "
+                "options of the first run, or delete the folder to begin anew"
             )
         return self.finished()
 

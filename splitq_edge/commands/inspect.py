@@ -21,7 +21,8 @@ def print_report(out: Path, console: Console) -> None:
     report = read_report(out)
     recipe = report["recipe"]
     console.print(
-        f"{out}: method {recipe['method']}, scheme {recipe['scheme']}, {report['effective_bits']:.2f} effective bits a weight"
+        f"{out}: method {recipe['method']}, scheme {recipe['scheme']}, "
+        f"{report['effective_bits']:.2f} effective bits a weight"
     )
     console.print(_sqnr_table(report["blocks"]))
     console.print(_channel_table(report["blocks"]))

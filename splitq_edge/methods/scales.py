@@ -1,7 +1,7 @@
 """Scale per input channel that moves difficulty from activations to weights: `x / s` meets `s W`.
 
-SmoothQuant's closed form (arXiv 2211.10438), AWQ's search on the weight error (2306.00978) and MBQ's search on the output
-error with each modality weighted by its gradient (2412.19509).
+SmoothQuant's closed form (arXiv 2211.10438), AWQ's search on the weight error (2306.00978) and MBQ's search on the
+output error with each modality weighted by its gradient (2412.19509).
 """
 
 from __future__ import annotations

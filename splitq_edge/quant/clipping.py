@@ -31,10 +31,8 @@ def search_weight_clip(
         error = (dequantize_weight(qweight, scale, group_size) - weight).square()
         if importance is not None:
             error = error * importance[:, None]
-        if group_size:
-            error = torch.stack([part.sum(0) for part in error.split(group_size)])
-        else:
-            error = error.sum(0)
+        parts = [part.sum(0) for part in error.split(group_size or error.shape[0])]
+        error = torch.stack(parts) if group_size else parts[0]
         if best_error is None:
             best_error, best = error, torch.full_like(error, factor)
         else:

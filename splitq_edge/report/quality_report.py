@@ -1,4 +1,4 @@
-"""The quality report of an export, `quality.json`: per block and site what quantization cost and each component gave."""
+"""The quality report of an export, `quality.json`: what quantization cost every site and each component gave."""
 
 from __future__ import annotations
 
