@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.runtime_ops.verify import ParityRow, verify_parity
 
 logger = logging.getLogger(__name__)
+
+ACTIVATIONS = "activations"  # folder in the state for hidden states beyond the memory limit
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,24 @@ def calibrate(
     """Calibrate the blocks that the state does not hold yet; returns the seconds it took."""
     finished = processes.gather(state.start(resume=options.resume) if processes.main else 0)[0]
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="splitq-activations-", dir=state.folder.parent) as scratch:
-        store = ActivationStore(Path(scratch), _activation_budget(loaded, config, options))
-        run = Calibration(loaded, config, state, store, options.seed, processes)
-        blocks = loaded.block_count if options.stop_after is None else options.stop_after
-        steps = run.steps() * blocks // loaded.block_count
-        tasks = {"block": progress.add_task("calibrate", total=steps)}
+    scratch = state.folder / f"{ACTIVATIONS}-{processes.rank}"
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed run may have left some
+    store = ActivationStore(scratch, _activation_budget(loaded, config, options))
+    run = Calibration(loaded, config, state, store, options.seed, processes)
+    blocks = loaded.block_count if options.stop_after is None else options.stop_after
+    steps = run.steps() * blocks // loaded.block_count
+    tasks = {"block": progress.add_task("calibrate", total=steps)}
 
-        def advance(what: str, count: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=2 * loaded.block_count)
-            progress.advance(tasks[what], count)
+    def advance(what: str, count: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=2 * loaded.block_count)
+        progress.advance(tasks[what], count)
 
-        run.progress = advance
+    run.progress = advance
+    try:
         run.run(encoded, finished=finished, stop_after=options.stop_after)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return time.monotonic() - begin
 
 
