@@ -21,11 +21,14 @@ function(splitq_add_kernels name)
   set(sources
     cpu/features.cc
     gemm/scalar.cc
+    gemm/scalar_terms.cc
     gemm/table.cc
     pack/checksum.cc
     pack/pack.cc
-    quantize/kronecker.cc
     quantize/rows.cc
+    quantize/scalar_kronecker.cc
+    quantize/scalar_rows.cc
+    quantize/table.cc
     linear/activation.cc
     linear/apply_correction.cc
     linear/correction.cc
@@ -35,13 +38,19 @@ function(splitq_add_kernels name)
   set(avx2
     gemm/avx2_8_bits.cc
     gemm/avx2_low_bits.cc
+    gemm/avx2_terms.cc
+    quantize/avx2_rows.cc
   )
+  set(avx2_fma quantize/avx2_kronecker.cc)
   list(TRANSFORM sources PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx2 PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM avx2_fma PREPEND ${SPLITQ_KERNEL_DIR}/)
   add_library(${name} OBJECT ${sources})
   if(SPLITQ_HAS_AVX2)
-    target_sources(${name} PRIVATE ${avx2})
+    target_sources(${name} PRIVATE ${avx2} ${avx2_fma})
     set_source_files_properties(${avx2} PROPERTIES COMPILE_OPTIONS "-mavx2;-fno-exceptions")
+    set_source_files_properties(${avx2_fma} PROPERTIES
+      COMPILE_OPTIONS "-mavx2;-mfma;-fno-exceptions")
     target_compile_definitions(${name} PRIVATE SPLITQ_AVX2)
   endif()
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)

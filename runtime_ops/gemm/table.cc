@@ -22,6 +22,14 @@ constexpr GemmKernel kKernels[] = {
     {"qd8_qc8w_1x16c4_scalar", Isa::kScalar, 8, RunScalar8},
 };
 
+constexpr TermKernels kTermKernels[] = {
+#if defined(SPLITQ_AVX2)
+    {"terms_avx2", Isa::kAvx2, SetTermsAvx2, AddTermsAvx2, AddBlockTermsAvx2, StoreTermsAvx2},
+#endif
+    {"terms_scalar", Isa::kScalar, SetTermsScalar, AddTermsScalar, AddBlockTermsScalar,
+     StoreTermsScalar},
+};
+
 }  // namespace
 
 GemmKernels AllKernels() { return {kKernels, std::size(kKernels)}; }
@@ -30,6 +38,12 @@ const GemmKernel& FindKernel(int bits, Isa isa) {
   const GemmKernel* kernel = kKernels;
   while (kernel->bits != bits || kernel->isa > isa) ++kernel;
   return *kernel;
+}
+
+const TermKernels& FindTermKernels(Isa isa) {
+  const TermKernels* kernels = kTermKernels;
+  while (kernels->isa > isa) ++kernels;
+  return *kernels;
 }
 
 }  // namespace splitq

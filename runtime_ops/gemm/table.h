@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "gemm/kernel.h"
+#include "gemm/terms.h"
 
 namespace splitq {
 
@@ -20,5 +21,8 @@ GemmKernels AllKernels();
 // The first kernel of the list for this bit width that needs no more than `isa`.
 // bits: 2, 3, 4 or 8.
 const GemmKernel& FindKernel(int bits, Isa isa);
+
+// The term kernels of this instruction set or the best one below it.
+const TermKernels& FindTermKernels(Isa isa);
 
 }  // namespace splitq

@@ -64,6 +64,7 @@ void WeightInput::Read(const Node& node, size_t input, const WeightSpec& spec, W
   const bool packed = codes.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   SettleForm(node, name, packed, form);
   weight_.kernel = &FindKernel(spec.bits, ChooseIsa().isa);
+  weight_.terms = &FindTermKernels(ChooseIsa().isa);
   weight_.channels_in = spec.channels_in;
   weight_.channels_out = spec.channels_out;
   weight_.block_size = spec.block_size;
