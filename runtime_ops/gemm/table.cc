@@ -32,7 +32,8 @@ constexpr TermKernels kTermKernels[] = {
 
 }  // namespace
 
-GemmKernels AllKernels() { return {kKernels, std::size(kKernels)}; }
+List<GemmKernel> AllKernels() { return {kKernels, std::size(kKernels)}; }
+List<TermKernels> AllTermKernels() { return {kTermKernels, std::size(kTermKernels)}; }
 
 const GemmKernel& FindKernel(int bits, Isa isa) {
   const GemmKernel* kernel = kKernels;

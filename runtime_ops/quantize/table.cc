@@ -19,7 +19,7 @@ constexpr RowKernels kRowKernels[] = {
 
 }  // namespace
 
-RowKernelList AllRowKernels() { return {kRowKernels, std::size(kRowKernels)}; }
+List<RowKernels> AllRowKernels() { return {kRowKernels, std::size(kRowKernels)}; }
 
 const RowKernels& FindRowKernels(Isa isa) {
   const RowKernels* kernels = kRowKernels;

@@ -6,6 +6,8 @@ int main() {
   test::Report report;
   const IsaChoice& choice = ChooseIsa();
   test::TestGemm(choice.isa, report);
+  test::TestRows(choice.isa, report);
+  test::TestTerms(choice.isa, report);
   std::printf("isa %s: %lld checks, %lld failures\n", IsaName(choice.isa),
               static_cast<long long>(report.checks()), static_cast<long long>(report.failures()));
   return report.failures() == 0 && report.checks() > 0 ? 0 : 1;

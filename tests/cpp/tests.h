@@ -7,5 +7,7 @@
 namespace splitq::test {
 
 void TestGemm(Isa isa, Report& report);
+void TestRows(Isa isa, Report& report);
+void TestTerms(Isa isa, Report& report);
 
 }  // namespace splitq::test
