@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/features.h"
+
 namespace splitq {
 
 // sums[m][n] = sum over k in [k_begin, k_end) of codes[m][k] * q[k][n], n < 16. Overwrites sums.
@@ -24,6 +26,7 @@ struct PanelProduct {
 // One row of the kernel table (gemm/table.h).
 struct GemmKernel {
   const char* name;  // activations_weights_tile_isa, as in qd8_qc4w_1x16c4_scalar
+  Isa isa;           // what the processor must have
   int bits;          // of the weight
   void (*run)(const PanelProduct& product);
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm/kernel.h"
+#include "gemm/terms.h"
 
 namespace splitq {
 
@@ -9,5 +10,11 @@ void RunScalar2(const PanelProduct& product);
 void RunScalar3(const PanelProduct& product);
 void RunScalar4(const PanelProduct& product);
 void RunScalar8(const PanelProduct& product);
+
+void SetTermsScalar(const PanelSums& panel, float* terms);
+void AddTermsScalar(const PanelSums& panel, float* terms);
+void AddBlockTermsScalar(const PanelSums& panel, float* terms);
+void StoreTermsScalar(const float* terms, int64_t rows, const float* bias, float* y,
+                      int64_t y_stride);
 
 }  // namespace splitq

@@ -1,5 +1,8 @@
 #include "gemm/table.h"
 
+#include <iterator>
+
+#include "gemm/avx2.h"
 #include "gemm/scalar.h"
 
 namespace splitq {
@@ -7,18 +10,41 @@ namespace {
 
 // Fastest first; the scalar kernels run everywhere and end the list.
 constexpr GemmKernel kKernels[] = {
-    {"qd8_qc2w_1x16c4_scalar", 2, RunScalar2},
-    {"qd8_qc3w_1x16c4_scalar", 3, RunScalar3},
-    {"qd8_qc4w_1x16c4_scalar", 4, RunScalar4},
-    {"qd8_qc8w_1x16c4_scalar", 8, RunScalar8},
+#if defined(SPLITQ_AVX2)
+    {"qd8_qc2w_4x16c4_avx2", Isa::kAvx2, 2, RunAvx2Bits2},
+    {"qd8_qc3w_4x16c4_avx2", Isa::kAvx2, 3, RunAvx2Bits3},
+    {"qd8_qc4w_4x16c4_avx2", Isa::kAvx2, 4, RunAvx2Bits4},
+    {"qd8_qc8w_2x16c4_avx2", Isa::kAvx2, 8, RunAvx2Bits8},
+#endif
+    {"qd8_qc2w_1x16c4_scalar", Isa::kScalar, 2, RunScalar2},
+    {"qd8_qc3w_1x16c4_scalar", Isa::kScalar, 3, RunScalar3},
+    {"qd8_qc4w_1x16c4_scalar", Isa::kScalar, 4, RunScalar4},
+    {"qd8_qc8w_1x16c4_scalar", Isa::kScalar, 8, RunScalar8},
+};
+
+constexpr TermKernels kTermKernels[] = {
+#if defined(SPLITQ_AVX2)
+    {"terms_avx2", Isa::kAvx2, SetTermsAvx2, AddTermsAvx2, AddBlockTermsAvx2, StoreTermsAvx2},
+#endif
+    {"terms_scalar", Isa::kScalar, SetTermsScalar, AddTermsScalar, AddBlockTermsScalar,
+     StoreTermsScalar},
 };
 
 }  // namespace
 
-const GemmKernel& FindKernel(int bits) {
+List<GemmKernel> AllKernels() { return {kKernels, std::size(kKernels)}; }
+List<TermKernels> AllTermKernels() { return {kTermKernels, std::size(kTermKernels)}; }
+
+const GemmKernel& FindKernel(int bits, Isa isa) {
   const GemmKernel* kernel = kKernels;
-  while (kernel->bits != bits) ++kernel;
+  while (kernel->bits != bits || kernel->isa > isa) ++kernel;
   return *kernel;
+}
+
+const TermKernels& FindTermKernels(Isa isa) {
+  const TermKernels* kernels = kTermKernels;
+  while (kernels->isa > isa) ++kernels;
+  return *kernels;
 }
 
 }  // namespace splitq

@@ -1,23 +1,17 @@
 #include "linear/activation.h"
 
 #include "quantize/gather.h"
-#include "quantize/rows.h"
 
 namespace splitq {
 namespace {
-
-float QuantizeGroup(const ChannelGroup& group, const float* values, int8_t* codes) {
-  const auto quantize = group.symmetric ? QuantizeSymmetric : QuantizeAsymmetric;
-  return quantize(values, group.width, group.bits, group.clip, codes);
-}
 
 // e = a - code * scale, quantized in turn (eq. 18).
 void QuantizeResidual(const ActivationPlan& plan, const float* values, float* workspace,
                       const RowTarget& target) {
   const int64_t width = plan.groups[kMain].width;
-  Residual(values, target.codes[kMain], *target.scale[kMain], width, workspace);
+  plan.kernels->subtract_codes(values, target.codes[kMain], *target.scale[kMain], width, workspace);
   *target.residual_scale =
-      QuantizeSymmetric(workspace, width, plan.residual_bits, 1.0f, target.residual);
+      QuantizeRowValues(*plan.kernels, {plan.residual_bits}, workspace, width, target.residual);
 }
 
 }  // namespace
@@ -33,10 +27,11 @@ void QuantizeRow(const ActivationPlan& plan, const float* x, float* workspace,
     if (group.width > 0 && target.codes[g] != nullptr) {
       const float* values = gathered;
       if (group.factors.p1 != nullptr) {
-        ApplyKronecker(group.factors, gathered, product, transformed);
+        plan.kernels->apply_kronecker(group.factors, gathered, product, transformed);
         values = transformed;
       }
-      *target.scale[g] = QuantizeGroup(group, values, target.codes[g]);
+      *target.scale[g] = QuantizeRowValues(*plan.kernels, group.quantization, values, group.width,
+                                           target.codes[g]);
       if (g == kMain && target.residual != nullptr) {
         QuantizeResidual(plan, values, product, target);
       }

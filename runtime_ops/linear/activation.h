@@ -4,7 +4,7 @@
 #include <array>
 #include <cstdint>
 
-#include "quantize/kronecker.h"
+#include "quantize/rows.h"
 
 namespace splitq {
 
@@ -14,12 +14,11 @@ inline constexpr int kMain = 0;
 struct ChannelGroup {
   int64_t width = 0;
   KroneckerFactors factors;
-  float clip = 1.0f;
-  int bits = 8;
-  bool symmetric = true;
+  RowQuantization quantization;
 };
 
 struct ActivationPlan {
+  const RowKernels* kernels = nullptr;
   int64_t channels = 0;
   const int32_t* order = nullptr;  // [channels], null for the identity
   const float* scale = nullptr;    // [channels], null for ones

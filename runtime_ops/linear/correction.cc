@@ -41,8 +41,8 @@ void QuantizeLatent(const Correction& correction, const CodeRows& main, const Ma
               correction.mac_rank, workspace);
   }
   for (int64_t m = 0; m < count; ++m) {
-    latent.scale[m] =
-        QuantizeSymmetric(workspace + m * rank, rank, kLatentBits, 1.0f, latent.row(m));
+    latent.scale[m] = QuantizeRowValues(*correction.kernels, {kLatentBits}, workspace + m * rank,
+                                        rank, latent.row(m));
   }
 }
 

@@ -4,10 +4,12 @@
 #include <cstdint>
 
 #include "linear/weight.h"
+#include "quantize/kernel.h"
 
 namespace splitq {
 
 struct Correction {
+  const RowKernels* kernels = nullptr;
   PackedWeight u;                   // [main channels, rank]
   PackedWeight v;                   // [rank, N]
   const float* gate_cws = nullptr;  // [cws_rank]

@@ -14,9 +14,13 @@ using FloatTile = float[kTileRows * kPanel];
 
 // terms[m][n] = sum * row scale * channel scale (docs/ops.md, SplitQLinear), for rows <= kTileRows.
 // With blocks, the sums of the blocks are scaled and added in order before the row scale.
-// Columns at and after channels_out are left as they were.
+// Columns at and after channels_out become zero.
 void PanelTerms(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
                 float* terms);
+
+// The same added to `total`, for a weight without blocks.
+void AddPanelTerms(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
+                   float* total);
 
 // Output channels in this panel, 16 but for the last one.
 int64_t PanelWidth(const PackedWeight& weight, int64_t panel);

@@ -97,9 +97,11 @@ void PrepareTile(const SplitLinear& layer, const SplitLinearRows& data, const Bu
   QuantizeLatent(layer.correction, buffers.codes[kMain].from(first), mac, count, floats, latent);
 }
 
-void AddTile(const float* terms, int64_t count, int64_t width, float* total) {
-  for (int64_t m = 0; m < count; ++m) {
-    for (int64_t n = 0; n < width; ++n) total[m * kPanel + n] += terms[m * kPanel + n];
+// The last panel when it has less than 16 channels.
+void StoreNarrow(const float* terms, int64_t rows, int64_t width, const float* bias, float* y,
+                 int64_t y_stride) {
+  for (int64_t m = 0; m < rows; ++m, terms += kPanel, y += y_stride) {
+    for (int64_t n = 0; n < width; ++n) y[n] = bias != nullptr ? terms[n] + bias[n] : terms[n];
   }
 }
 
@@ -107,23 +109,23 @@ void AddTile(const float* terms, int64_t count, int64_t width, float* total) {
 // vision, correction, bias.
 void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
                 int64_t first, int64_t count, int64_t panel) {
-  FloatTile total, terms;
+  FloatTile total;
   const int64_t width = PanelWidth(layer.weights[kMain], panel);
   PanelTerms(layer.weights[kMain], panel, buffers.codes[kMain].from(first), count, total);
   for (int g = kMain + 1; g < kGroups; ++g) {
     if (layer.activation.groups[g].width == 0) continue;
-    PanelTerms(layer.weights[g], panel, buffers.codes[g].from(first), count, terms);
-    AddTile(terms, count, width, total);
+    AddPanelTerms(layer.weights[g], panel, buffers.codes[g].from(first), count, total);
   }
   if (layer.corrected) {
-    PanelTerms(layer.correction.v, panel, buffers.latent.from(first), count, terms);
-    AddTile(terms, count, width, total);
+    AddPanelTerms(layer.correction.v, panel, buffers.latent.from(first), count, total);
   }
   const float* bias = layer.bias != nullptr ? layer.bias + panel * kPanel : nullptr;
-  for (int64_t m = 0; m < count; ++m) {
-    float* y = data.y + (first + m) * layer.channels_out() + panel * kPanel;
-    const float* sums = total + m * kPanel;
-    for (int64_t n = 0; n < width; ++n) y[n] = bias != nullptr ? sums[n] + bias[n] : sums[n];
+  const int64_t outputs = layer.channels_out();
+  float* y = data.y + first * outputs + panel * kPanel;
+  if (width == kPanel) {
+    layer.weights[kMain].terms->store(total, count, bias, y, outputs);
+  } else {
+    StoreNarrow(total, count, width, bias, y, outputs);
   }
 }
 

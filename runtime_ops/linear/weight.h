@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "gemm/kernel.h"
+#include "gemm/terms.h"
 #include "pack/layout.h"
 
 namespace splitq {
@@ -12,6 +13,7 @@ struct PackedWeight {
   const uint8_t* payload = nullptr;  // layout 1
   const float* scale = nullptr;      // [channels_out] or [blocks, channels_out]
   const GemmKernel* kernel = nullptr;
+  const TermKernels* terms = nullptr;
   int64_t channels_in = 0;
   int64_t channels_out = 0;
   int64_t block_size = 0;  // 0: one scale an output channel

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "pack/layout.h"
+#include "quantize/table.h"
 
 namespace splitq::ops {
 namespace {
@@ -22,6 +23,7 @@ bool IsPermutation(const std::vector<int32_t>& order) {
 }  // namespace
 
 ChannelGroups::ChannelGroups(const Node& node, size_t first_input) {
+  plan_.kernels = &FindRowKernels(ChooseIsa().isa);
   ReadWidths(node);
   ReadBits(node);
   ReadOrder(node, first_input);
@@ -56,11 +58,11 @@ void ChannelGroups::ReadBits(const Node& node) {
   const int main_bits = node.BitWidth("activation_bits");
   const int outlier_bits = node.BitWidth("outlier_activation_bits", 8);
   for (int g = 0; g < kGroups; ++g) {
-    plan_.groups[g].bits = g == kMain ? main_bits : outlier_bits;
+    plan_.groups[g].quantization.bits = g == kMain ? main_bits : outlier_bits;
   }
   plan_.residual_bits = node.BitWidth("residual_bits", 8);
-  plan_.groups[kMain].symmetric = node.Int("activation_symmetric", 0, 1, 1) == 1;
-  if (!plan_.groups[kMain].symmetric && main_bits == 8) {
+  plan_.groups[kMain].quantization.symmetric = node.Int("activation_symmetric", 0, 1, 1) == 1;
+  if (!plan_.groups[kMain].quantization.symmetric && main_bits == 8) {
     node.Fail("activation_bits below 8 with activation_symmetric = 0", "8", kExportAgain);
   }
 }
@@ -107,7 +109,7 @@ void ChannelGroups::ReadClip(const Node& node, size_t input) {
     if (!(clip[g] > 0.0f && clip[g] <= 1.0f)) {
       node.Fail("activation_clip in (0, 1]", std::to_string(clip[g]), kExportAgain);
     }
-    plan_.groups[g].clip = clip[g];
+    plan_.groups[g].quantization.clip = clip[g];
   }
 }
 

@@ -4,10 +4,12 @@
 #include <cstring>
 
 #include "pack/layout.h"
+#include "quantize/table.h"
 
 namespace splitq::ops {
 
 CorrectionInput::CorrectionInput(const Node& node) {
+  correction_.kernels = &FindRowKernels(ChooseIsa().isa);
   correction_.cws_rank = node.Int("cws_rank", 0, kMaxChannelsIn, 0);
   correction_.mac_rank = node.Int("mac_rank", 0, kMaxChannelsIn, 0);
   const std::string rows = node.String("mac_rows", "text");

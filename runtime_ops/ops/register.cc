@@ -1,9 +1,10 @@
-// The one function that the library exports.
+// The functions that the library exports: RegisterCustomOps for ONNX Runtime, SplitQIsa for people.
 #include <cstdio>
 #include <list>
 #include <mutex>
 #include <string>
 
+#include "cpu/features.h"
 #include "ops/channel_split_op.h"
 #include "ops/correction_op.h"
 #include "ops/split_linear_op.h"
@@ -56,6 +57,13 @@ OrtCustomOpDomain* DomainOf(const OrtApi& api, const std::string& version) {
   return domains.emplace_back(api, CanInferShapes(version)).handle;
 }
 
+// A misspelt wish must not turn into the default unnoticed.
+void CheckIsa(const IsaChoice& choice) {
+  if (choice.unknown == nullptr) return;
+  throw OpError(std::string("SPLITQ_ISA: expected ") + kIsaNames + ", got '" + choice.unknown +
+                "'; correct the variable or unset it");
+}
+
 }  // namespace
 }  // namespace splitq::ops
 
@@ -71,6 +79,12 @@ extern "C" SPLITQ_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOpt
     return oldest != nullptr ? oldest->CreateStatus(ORT_FAIL, message.c_str()) : nullptr;
   }
   return Guarded(*api, [&] {
+    CheckIsa(splitq::ChooseIsa());
     Check(*api, api->AddCustomOpDomain(options, DomainOf(*api, base->GetVersionString())));
   });
+}
+
+// The instruction set of the kernels in use, "scalar" or "avx2". The string is static.
+extern "C" SPLITQ_EXPORT const char* SplitQIsa() {
+  return splitq::IsaName(splitq::ChooseIsa().isa);
 }

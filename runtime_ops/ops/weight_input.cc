@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/features.h"
 #include "gemm/table.h"
 #include "pack/checksum.h"
 #include "pack/header.h"
@@ -62,7 +63,8 @@ void WeightInput::Read(const Node& node, size_t input, const WeightSpec& spec, W
   const Tensor codes = node.AnyConstant(input);
   const bool packed = codes.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   SettleForm(node, name, packed, form);
-  weight_.kernel = &FindKernel(spec.bits);
+  weight_.kernel = &FindKernel(spec.bits, ChooseIsa().isa);
+  weight_.terms = &FindTermKernels(ChooseIsa().isa);
   weight_.channels_in = spec.channels_in;
   weight_.channels_out = spec.channels_out;
   weight_.block_size = spec.block_size;

@@ -3,15 +3,20 @@
 
 #include <cstdint>
 
+#include "quantize/kernel.h"
+
 namespace splitq {
 
-// Each returns the scale; the value of a code is code * scale. A row with a non-finite value gives
-// arbitrary codes within the range.
-float QuantizeSymmetric(const float* values, int64_t width, int bits, float clip, int8_t* codes);
-// The zero point is already subtracted from the codes. bits < 8.
-float QuantizeAsymmetric(const float* values, int64_t width, int bits, float clip, int8_t* codes);
+struct RowQuantization {
+  int bits = 8;
+  float clip = 1.0f;
+  bool symmetric = true;  // else bits < 8
+};
 
-// out = values - codes * scale, product and difference rounded one after the other.
-void Residual(const float* values, const int8_t* codes, float scale, int64_t width, float* out);
+// Returns the scale; the value of a code is code * scale: an asymmetric zero point is already
+// subtracted from the codes. A row with a non-finite value gives arbitrary codes within the range.
+// values, codes: [width]
+float QuantizeRowValues(const RowKernels& kernels, const RowQuantization& how, const float* values,
+                        int64_t width, int8_t* codes);
 
 }  // namespace splitq

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from splitq_edge import __version__, runtime_ops
 
@@ -34,6 +36,14 @@ def _library() -> str:
     options = onnxruntime.SessionOptions()
     try:
         runtime_ops.register(options)
+        isa = _isa(path)
     except Exception as error:
         return f"native library: {path.name} cannot be loaded ({' '.join(str(error).split())})"
-    return f"native library: {path.name}, scalar kernels"
+    return f"native library: {path.name}, {isa} kernels"
+
+
+def _isa(path: Path) -> str:
+    """The instruction set that the library chose: of what it has, the best of this processor that SPLITQ_ISA allows."""
+    name = ctypes.CDLL(str(path)).SplitQIsa
+    name.restype = ctypes.c_char_p
+    return name().decode()

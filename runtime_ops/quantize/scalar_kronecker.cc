@@ -1,8 +1,8 @@
 // Both products run as rows of the second factor times a scalar, added to a row of the result: the
 // innermost loop is over contiguous floats, so any vector width serves, and nothing is transposed.
-#include "quantize/kronecker.h"
-
 #include <algorithm>
+
+#include "quantize/scalar.h"
 
 namespace splitq {
 namespace {
@@ -35,7 +35,8 @@ void CombineRows(const float* left, int64_t left_stride, int64_t count, const fl
 
 }  // namespace
 
-void ApplyKronecker(const KroneckerFactors& factors, const float* g, float* work, float* out) {
+void ApplyKroneckerScalar(const KroneckerFactors& factors, const float* g, float* work,
+                          float* out) {
   const int64_t a = factors.a, b = factors.b;
   for (int64_t i = 0; i < a; ++i) {  // work = g P2, [a, b]
     CombineRows(g + i * b, 1, b, factors.p2, b, work + i * b);

@@ -1,0 +1,76 @@
+# The kernels: what knows no ONNX Runtime. One list for the library and for tests/cpp.
+#
+# splitq_add_kernels(NAME) makes the object library NAME of them.
+
+get_filename_component(SPLITQ_KERNEL_DIR ${CMAKE_CURRENT_LIST_DIR}/../runtime_ops ABSOLUTE)
+
+# Flags of an instruction set belong to its own files and to no other: the library must run on
+# other processors than the one that built it. No -march=native.
+include(CheckCXXSourceCompiles)
+set(CMAKE_REQUIRED_FLAGS "-mavx2 -mfma")
+check_cxx_source_compiles("
+  #if !defined(__GNUC__) || !defined(__x86_64__)
+  #error the AVX2 kernels are for x86-64, GCC and Clang
+  #endif
+  #include <immintrin.h>
+  int main() { return _mm256_movemask_epi8(_mm256_abs_epi8(_mm256_set1_epi8(1))); }
+" SPLITQ_HAS_AVX2)
+unset(CMAKE_REQUIRED_FLAGS)
+
+function(splitq_add_kernels name)
+  set(sources
+    cpu/features.cc
+    gemm/scalar.cc
+    gemm/scalar_terms.cc
+    gemm/table.cc
+    pack/checksum.cc
+    pack/pack.cc
+    quantize/rows.cc
+    quantize/scalar_kronecker.cc
+    quantize/scalar_rows.cc
+    quantize/table.cc
+    linear/activation.cc
+    linear/apply_correction.cc
+    linear/correction.cc
+    linear/panel_terms.cc
+    linear/split_linear.cc
+  )
+  set(avx2
+    gemm/avx2_8_bits.cc
+    gemm/avx2_low_bits.cc
+    gemm/avx2_terms.cc
+    quantize/avx2_rows.cc
+  )
+  set(avx2_fma quantize/avx2_kronecker.cc)
+  list(TRANSFORM sources PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM avx2 PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM avx2_fma PREPEND ${SPLITQ_KERNEL_DIR}/)
+  add_library(${name} OBJECT ${sources})
+  if(SPLITQ_HAS_AVX2)
+    target_sources(${name} PRIVATE ${avx2} ${avx2_fma})
+    set_source_files_properties(${avx2} PROPERTIES COMPILE_OPTIONS "-mavx2;-fno-exceptions")
+    set_source_files_properties(${avx2_fma} PROPERTIES
+      COMPILE_OPTIONS "-mavx2;-mfma;-fno-exceptions")
+    target_compile_definitions(${name} PRIVATE SPLITQ_AVX2)
+  endif()
+  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  splitq_compile_options(${name})
+endfunction()
+
+# No fused multiply-add but where a file asks for one, and no reordering: the integers must be the
+# same on every processor.
+function(splitq_compile_options name)
+  set_target_properties(${name} PROPERTIES
+    CXX_STANDARD 17
+    CXX_STANDARD_REQUIRED ON
+    CXX_EXTENSIONS OFF
+    CXX_VISIBILITY_PRESET hidden
+    VISIBILITY_INLINES_HIDDEN ON
+  )
+  target_include_directories(${name} PRIVATE ${SPLITQ_KERNEL_DIR})
+  if(MSVC)
+    target_compile_options(${name} PRIVATE /W4 /fp:precise)
+  else()
+    target_compile_options(${name} PRIVATE -Wall -Wextra -ffp-contract=off)
+  endif()
+endfunction()

@@ -1,0 +1,197 @@
+// Reads: layout 1 of 2, 3 and 4 bits. Tile: 4 rows x 16 channels, the rows left over 3, 2 or 1.
+// Features: AVX2.
+// Exactness: int32, exact. The stored code is the unsigned operand of vpmaddubsw, so a pair of
+// products is at most 2 * 15 * 128 in magnitude; as many pairs are added in 16 bits as always fit,
+// then they move to 32 bits. The zero point is taken off the sum: sum(q a) = sum(u a) - z sum(a).
+// Idea: fields are masked out of the packed bytes in registers; a field is 4 k of 8 channels a
+// register, and is multiplied by 4 codes of each row, broadcast.
+//
+// This file is compiled with -mavx2: everything in it has internal linkage and no function of a
+// header is called, lest the linker keep an AVX2 copy of it for every processor.
+#include <immintrin.h>
+
+#include "gemm/avx2.h"
+#include "pack/layout.h"
+
+#define SPLITQ_INLINE inline __attribute__((always_inline))
+
+namespace splitq {
+namespace {
+
+constexpr int64_t kHalf = kVectorBytes / 2;  // one register
+constexpr int64_t kEdge = 16;                // k ranges begin and end at its multiples
+
+// Numbers of the layout, here as constants: see the head of the file.
+template <int bits>
+struct Layout {
+  static constexpr int64_t kStep = BlockChannels(bits);
+  static constexpr int64_t kBytes = BlockBytes(bits);
+  static constexpr int kFields = FieldsPerBlock(bits);
+  static constexpr int kMaxCode = (1 << bits) - 1;
+  // Blocks whose products a 16-bit lane is sure to hold: 10, 2 and 4 of 2, 3 and 4 bits.
+  static constexpr int64_t kBlocksInShort = 32767 / (kFields * 2 * kMaxCode * 128);
+};
+
+SPLITQ_INLINE __m256i Load(const void* address) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(address));
+}
+
+SPLITQ_INLINE void Store(void* address, __m256i value) {
+  _mm256_storeu_si256(static_cast<__m256i*>(address), value);
+}
+
+SPLITQ_INLINE __m256i Mask(__m256i value, int mask) {
+  return _mm256_and_si256(value, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+
+// Stored codes of one field, 4 k of 8 channels. half: first byte of these channels in the block.
+template <int bits, int field>
+SPLITQ_INLINE __m256i LoadCodes(const uint8_t* half) {
+  if constexpr (bits != 3) {
+    return Mask(_mm256_srli_epi16(Load(half), field * bits), Layout<bits>::kMaxCode);
+  } else if constexpr (field < 6) {
+    return Mask(_mm256_srli_epi16(Load(half + field / 2 * kVectorBytes), field % 2 * 3), 7);
+  } else {
+    const __m256i middle = Load(half + kVectorBytes);
+    if constexpr (field == 6) {
+      const __m256i low = Mask(_mm256_srli_epi16(Load(half), 6), 3);
+      return _mm256_or_si256(low, Mask(_mm256_srli_epi16(middle, 4), 4));
+    } else {
+      const __m256i high = Mask(_mm256_srli_epi16(Load(half + 2 * kVectorBytes), 5), 6);
+      return _mm256_or_si256(high, Mask(_mm256_srli_epi16(middle, 7), 1));
+    }
+  }
+}
+
+template <int rows>
+struct ShortSums {
+  __m256i low[rows], high[rows];  // channels 0-7 and 8-15, two 16-bit sums a channel
+};
+
+// 4 consecutive codes of a row, in every 4 bytes.
+SPLITQ_INLINE __m256i BroadcastCodes(const int8_t* codes) {
+  int32_t four;
+  __builtin_memcpy(&four, codes, sizeof(four));
+  return _mm256_set1_epi32(four);
+}
+
+// Adds the products of a block, from this field on. codes: of the block's first k, row 0.
+template <int bits, int rows, int field = 0>
+SPLITQ_INLINE void AddBlock(const int8_t* codes, int64_t stride, const uint8_t* block,
+                            ShortSums<rows>& sums) {
+  const __m256i low = LoadCodes<bits, field>(block);
+  const __m256i high = LoadCodes<bits, field>(block + kHalf);
+  for (int m = 0; m < rows; ++m) {
+    const __m256i four = BroadcastCodes(codes + m * stride + field * kQuad);
+    sums.low[m] = _mm256_add_epi16(sums.low[m], _mm256_maddubs_epi16(low, four));
+    sums.high[m] = _mm256_add_epi16(sums.high[m], _mm256_maddubs_epi16(high, four));
+  }
+  if constexpr (field + 1 < Layout<bits>::kFields) {
+    AddBlock<bits, rows, field + 1>(codes, stride, block, sums);
+  }
+}
+
+// sums[m] += the products of `blocks` whole blocks
+template <int bits, int rows>
+SPLITQ_INLINE void AddBlocks(const int8_t* codes, int64_t stride, const uint8_t* panel,
+                             int64_t blocks, int32_t* sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  while (blocks > 0) {
+    constexpr int64_t kMost = Layout<bits>::kBlocksInShort;
+    const int64_t count = blocks < kMost ? blocks : kMost;
+    ShortSums<rows> shorts;
+    for (int m = 0; m < rows; ++m) shorts.low[m] = shorts.high[m] = _mm256_setzero_si256();
+    for (int64_t b = 0; b < count; ++b) {
+      AddBlock<bits, rows>(codes, stride, panel, shorts);
+      codes += Layout<bits>::kStep;
+      panel += Layout<bits>::kBytes;
+    }
+    blocks -= count;
+    for (int m = 0; m < rows; ++m) {
+      int32_t* row = sums + m * kPanel;
+      const __m256i low = _mm256_madd_epi16(shorts.low[m], ones);
+      const __m256i high = _mm256_madd_epi16(shorts.high[m], ones);
+      Store(row, _mm256_add_epi32(Load(row), low));
+      Store(row + 8, _mm256_add_epi32(Load(row + 8), high));
+    }
+  }
+}
+
+// Begins the sums of one row: the zero point times the sum of its codes, subtracted.
+template <int bits>
+SPLITQ_INLINE void BeginSums(const int8_t* codes, int64_t k_begin, int64_t k_end, int32_t* sums) {
+  __m128i total = _mm_setzero_si128();
+  for (int64_t k = k_begin; k < k_end; k += kEdge) {  // zeros follow the last channel
+    const __m128i chunk = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k));
+    const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), chunk);
+    total = _mm_add_epi32(total, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+  }
+  total = _mm_add_epi32(total, _mm_shuffle_epi32(total, 0x4E));
+  total = _mm_add_epi32(total, _mm_shuffle_epi32(total, 0xB1));
+  total = _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(total, bits - 1));
+  const __m256i begin = _mm256_broadcastsi128_si256(total);
+  Store(sums, begin);
+  Store(sums + 8, begin);
+}
+
+// A block that the range covers in part: its codes are copied, zeros outside the range.
+template <int bits, int rows>
+SPLITQ_INLINE void AddPart(const PanelProduct& product, const int8_t* codes, int64_t block,
+                           int32_t* sums) {
+  constexpr int64_t kStep = Layout<bits>::kStep;
+  int8_t copy[rows * kStep];
+  for (int64_t i = 0; i < kStep; i += kEdge) {
+    const int64_t k = block * kStep + i;
+    const bool inside = k >= product.k_begin && k < product.k_end;
+    for (int m = 0; m < rows; ++m) {
+      const auto* from = reinterpret_cast<const __m128i*>(codes + m * product.codes_stride + k);
+      const __m128i part = inside ? _mm_loadu_si128(from) : _mm_setzero_si128();
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(copy + m * kStep + i), part);
+    }
+  }
+  AddBlocks<bits, rows>(copy, kStep, product.panel + block * Layout<bits>::kBytes, 1, sums);
+}
+
+// Rows m .. m + rows of the product.
+template <int bits, int rows>
+SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t m) {
+  constexpr int64_t kStep = Layout<bits>::kStep, kBytes = Layout<bits>::kBytes;
+  const int64_t stride = product.codes_stride;
+  const int8_t* codes = product.codes + m * stride;
+  int32_t* sums = product.sums + m * kPanel;
+  for (int i = 0; i < rows; ++i) {
+    BeginSums<bits>(codes + i * stride, product.k_begin, product.k_end, sums + i * kPanel);
+  }
+  int64_t block = product.k_begin / kStep;
+  int64_t end = (product.k_end + kStep - 1) / kStep;
+  if constexpr (kStep > kEdge) {
+    if (product.k_begin % kStep != 0) AddPart<bits, rows>(product, codes, block++, sums);
+    if (block < end && product.k_end % kStep != 0) {
+      AddPart<bits, rows>(product, codes, --end, sums);
+    }
+  }
+  AddBlocks<bits, rows>(codes + block * kStep, stride, product.panel + block * kBytes, end - block,
+                        sums);
+}
+
+template <int bits>
+SPLITQ_INLINE void Run(const PanelProduct& product) {
+  int64_t m = 0;
+  for (; m + 4 <= product.rows; m += 4) RunRows<bits, 4>(product, m);
+  switch (product.rows - m) {
+    case 3:
+      return RunRows<bits, 3>(product, m);
+    case 2:
+      return RunRows<bits, 2>(product, m);
+    case 1:
+      return RunRows<bits, 1>(product, m);
+  }
+}
+
+}  // namespace
+
+void RunAvx2Bits2(const PanelProduct& product) { Run<2>(product); }
+void RunAvx2Bits3(const PanelProduct& product) { Run<3>(product); }
+void RunAvx2Bits4(const PanelProduct& product) { Run<4>(product); }
+
+}  // namespace splitq

@@ -1,0 +1,14 @@
+// Row loops for x86-64 with AVX2; the Kronecker product with FMA too.
+#pragma once
+
+#include "quantize/kernel.h"
+
+namespace splitq {
+
+Extremes FindExtremesAvx2(const float* values, int64_t width);
+void EncodeAvx2(const float* values, int64_t width, Encoding encoding, int8_t* codes);
+void SubtractCodesAvx2(const float* values, const int8_t* codes, float scale, int64_t width,
+                       float* out);
+void ApplyKroneckerAvx2(const KroneckerFactors& factors, const float* g, float* work, float* out);
+
+}  // namespace splitq

@@ -1,0 +1,14 @@
+// Row loops in plain C++, for every processor.
+#pragma once
+
+#include "quantize/kernel.h"
+
+namespace splitq {
+
+Extremes FindExtremesScalar(const float* values, int64_t width);
+void EncodeScalar(const float* values, int64_t width, Encoding encoding, int8_t* codes);
+void SubtractCodesScalar(const float* values, const int8_t* codes, float scale, int64_t width,
+                         float* out);
+void ApplyKroneckerScalar(const KroneckerFactors& factors, const float* g, float* work, float* out);
+
+}  // namespace splitq

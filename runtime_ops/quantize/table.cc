@@ -1,0 +1,30 @@
+#include "quantize/table.h"
+
+#include <iterator>
+
+#include "quantize/avx2.h"
+#include "quantize/scalar.h"
+
+namespace splitq {
+namespace {
+
+// Fastest first; the scalar kernels run everywhere and end the list.
+constexpr RowKernels kRowKernels[] = {
+#if defined(SPLITQ_AVX2)
+    {"rows_avx2", Isa::kAvx2, FindExtremesAvx2, EncodeAvx2, SubtractCodesAvx2, ApplyKroneckerAvx2},
+#endif
+    {"rows_scalar", Isa::kScalar, FindExtremesScalar, EncodeScalar, SubtractCodesScalar,
+     ApplyKroneckerScalar},
+};
+
+}  // namespace
+
+List<RowKernels> AllRowKernels() { return {kRowKernels, std::size(kRowKernels)}; }
+
+const RowKernels& FindRowKernels(Isa isa) {
+  const RowKernels* kernels = kRowKernels;
+  while (kernels->isa > isa) ++kernels;
+  return *kernels;
+}
+
+}  // namespace splitq

@@ -1,0 +1,114 @@
+// Every micro-kernel of the table against plain loops over logical codes.
+#include <vector>
+
+#include "gemm/table.h"
+#include "pack/layout.h"
+#include "pack/pack.h"
+#include "tests.h"
+
+namespace splitq::test {
+namespace {
+
+enum Fill { kRandom, kLowest, kHighest, kAlternating, kFills };
+
+int Pick(Fill fill, int low, int high, int64_t index, std::mt19937& random) {
+  switch (fill) {
+    case kLowest:
+      return low;
+    case kHighest:
+      return high;
+    case kAlternating:
+      return index % 2 == 0 ? low : high;
+    default:
+      return Draw(random, low, high);
+  }
+}
+
+struct Shape {
+  int64_t rows, channels;
+  Fill code_fill, weight_fill;
+  int64_t gap;  // bytes between the arrays and the forbidden page: alignments
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The whole weight and blocks of it, as docs/ops.md's block_size makes them.
+std::vector<Range> Ranges(int64_t channels) {
+  std::vector<Range> ranges = {{0, channels}};
+  for (const int64_t block : {16, 32, 48, 128}) {
+    for (int64_t k = 0; k < channels && block < channels; k += block) {
+      ranges.push_back({k, k + block < channels ? k + block : channels});
+    }
+  }
+  return ranges;
+}
+
+void TestShape(const GemmKernel& kernel, const Shape& shape, std::mt19937& random, Report& report) {
+  const int half = 1 << (kernel.bits - 1);
+  std::vector<int8_t> weight(shape.channels * kPanel);  // [K, 16]
+  for (size_t i = 0; i < weight.size(); ++i) {
+    weight[i] = static_cast<int8_t>(
+        Pick(shape.weight_fill, -half, half - 1, i / kPanel + i % kPanel, random));
+  }
+  GuardedArray<uint8_t> panel(PanelBytes(shape.channels, kernel.bits), shape.gap);
+  Pack({reinterpret_cast<const uint8_t*>(weight.data()), false}, shape.channels, kPanel,
+       kernel.bits, panel.data());
+  const int64_t stride = RoundUp(shape.channels, kCodeRowAlign);
+  GuardedArray<int8_t> codes(shape.rows * stride, shape.gap);
+  for (int64_t i = 0; i < shape.rows * stride; ++i) {
+    const bool padding = i % stride >= shape.channels;
+    codes[i] = padding ? int8_t{0}
+                       : static_cast<int8_t>(Pick(shape.code_fill, -128, 127, i % stride, random));
+  }
+  GuardedArray<int32_t> sums(shape.rows * kPanel, shape.gap / 4 * 4);
+  for (const Range& range : Ranges(shape.channels)) {
+    std::memset(sums.data(), 0x55, static_cast<size_t>(shape.rows * kPanel) * sizeof(int32_t));
+    kernel.run(
+        {codes.data(), stride, shape.rows, panel.data(), range.begin, range.end, sums.data()});
+    bool same = sums.Intact();
+    for (int64_t i = 0; i < shape.rows * kPanel; ++i) {
+      int64_t expected = 0;
+      for (int64_t k = range.begin; k < range.end; ++k) {
+        expected += codes[i / kPanel * stride + k] * weight[k * kPanel + i % kPanel];
+      }
+      same = same && sums[i] == expected;
+    }
+    report.Check(same && codes.Intact() && panel.Intact(),
+                 "%s: %d rows, %d channels, k %d to %d, fills %d and %d, gap %d", kernel.name,
+                 static_cast<int>(shape.rows), static_cast<int>(shape.channels),
+                 static_cast<int>(range.begin), static_cast<int>(range.end), shape.code_fill,
+                 shape.weight_fill, static_cast<int>(shape.gap));
+  }
+}
+
+}  // namespace
+
+void TestGemm(Isa isa, Report& report) {
+  std::mt19937 random(1);
+  for (const GemmKernel& kernel : AllKernels()) {
+    if (kernel.isa > isa) continue;
+    std::printf("%s\n", kernel.name);
+    for (const int64_t channels :
+         {1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 65, 100, 160, 257, 448}) {
+      for (const int64_t rows : {1, 2, 3, 4, 7, 64}) {
+        if (rows == 64 && channels > 160) continue;
+        for (int code_fill = 0; code_fill < kFills; ++code_fill) {
+          for (int weight_fill = 0; weight_fill < kFills; ++weight_fill) {
+            if ((code_fill == kRandom) != (weight_fill == kRandom)) continue;
+            const int64_t gap = (code_fill + weight_fill) % 2 == 0 ? 0 : 5;
+            TestShape(
+                kernel,
+                {rows, channels, static_cast<Fill>(code_fill), static_cast<Fill>(weight_fill), gap},
+                random, report);
+          }
+        }
+      }
+    }
+    // The longest sum of the contract, all at the extremes.
+    TestShape(kernel, {1, kMaxChannelsIn, kLowest, kLowest, 0}, random, report);
+  }
+}
+
+}  // namespace splitq::test

@@ -1,0 +1,185 @@
+// Row and term kernels: the scalar ones against plain loops of docs/ops.md, the others against the
+// scalar ones, to the bit; the Kronecker product against sums in double.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "gemm/table.h"
+#include "pack/layout.h"
+#include "quantize/table.h"
+#include "tests.h"
+
+namespace splitq::test {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Halves (rounding goes to even), zeros of both signs, ordinary numbers, and a few that are none.
+float DrawValue(std::mt19937& random, bool finite) {
+  const int kind = Draw(random, 0, finite ? 9 : 12);
+  if (kind < 4) return static_cast<float>(Draw(random, -300, 300)) / 2.0f;
+  if (kind == 4) return Draw(random, 0, 1) == 0 ? 0.0f : -0.0f;
+  if (kind == 10) return kNaN;
+  if (kind > 10) return kind == 11 ? kInfinity : -kInfinity;
+  return static_cast<float>(Draw(random, -1000000, 1000000)) / 7919.0f;
+}
+
+template <typename T>
+bool SameBits(const T* a, const T* b, int64_t count) {
+  return std::memcmp(a, b, static_cast<size_t>(count) * sizeof(T)) == 0;
+}
+
+int PlainCode(float value, const Encoding& encoding) {
+  const float scaled = value * encoding.inverse;
+  if (!(scaled > encoding.low)) return static_cast<int>(encoding.low);
+  if (scaled > encoding.high) return static_cast<int>(encoding.high);
+  return static_cast<int>(std::nearbyint(scaled));
+}
+
+void TestRow(const RowKernels& kernels, int64_t width, bool finite, std::mt19937& random,
+             Report& report) {
+  const int size = static_cast<int>(width);
+  GuardedArray<float> values(width), residual(width);
+  GuardedArray<int8_t> codes(width, width % 3);
+  Extremes expected{0.0f, 0.0f};
+  for (int64_t i = 0; i < width; ++i) {
+    values[i] = DrawValue(random, finite);
+    if (values[i] < expected.low) expected.low = values[i];
+    if (values[i] > expected.high) expected.high = values[i];
+  }
+  const Extremes extremes = kernels.find_extremes(values.data(), width);
+  report.Check(SameBits(&extremes, &expected, 1), "%s: extremes of %d", kernels.name, size);
+  for (const Encoding encoding : {Encoding{1.0f, -128.0f, 127.0f}, Encoding{0.25f, -8.0f, 7.0f},
+                                  Encoding{0.37f, -0.0f, 3.0f}, Encoding{1e12f, -2.0f, 1.0f}}) {
+    kernels.encode(values.data(), width, encoding, codes.data());
+    bool same = codes.Intact() && values.Intact();
+    for (int64_t i = 0; i < width; ++i) same = same && codes[i] == PlainCode(values[i], encoding);
+    report.Check(same, "%s: codes of %d", kernels.name, size);
+    const float scale = 1.0f / encoding.inverse;
+    std::vector<float> plain(static_cast<size_t>(width));
+    for (int64_t i = 0; i < width; ++i) {
+      const volatile float product = static_cast<float>(codes[i]) * scale;  // rounded here
+      plain[static_cast<size_t>(i)] = values[i] - product;
+    }
+    kernels.subtract_codes(values.data(), codes.data(), scale, width, residual.data());
+    const bool right = !finite || SameBits(residual.data(), plain.data(), width);
+    report.Check(right && residual.Intact(), "%s: residual of %d", kernels.name, size);
+  }
+}
+
+// One element of g P and the sum of its magnitudes, in double.
+struct Element {
+  double value = 0.0, magnitude = 0.0;
+};
+
+Element PlainKronecker(const KroneckerFactors& factors, const float* g, int64_t i, int64_t j) {
+  Element element;
+  for (int64_t r = 0; r < factors.a; ++r) {
+    for (int64_t c = 0; c < factors.b; ++c) {
+      const double term = static_cast<double>(g[r * factors.b + c]) *
+                          factors.p1[r * factors.a + i] * factors.p2[c * factors.b + j];
+      element.value += term;
+      element.magnitude += std::fabs(term);
+    }
+  }
+  return element;
+}
+
+void TestKronecker(const RowKernels& kernels, int64_t a, int64_t b, bool whole,
+                   std::mt19937& random, Report& report) {
+  GuardedArray<float> g(a * b), p1(a * a), p2(b * b), work(a * b), out(a * b);
+  const auto fill = [&](GuardedArray<float>& array, int64_t count, int limit) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = static_cast<float>(Draw(random, -limit, limit));
+      array[i] = whole ? value : value / 3.7f;
+    }
+  };
+  fill(g, a * b, 100);
+  fill(p1, a * a, 2);
+  fill(p2, b * b, 2);
+  const KroneckerFactors factors{p1.data(), p2.data(), a, b};
+  kernels.apply_kronecker(factors, g.data(), work.data(), out.data());
+  bool good = work.Intact() && out.Intact() && g.Intact() && p1.Intact() && p2.Intact();
+  for (int64_t i = 0; i < a * b; ++i) {
+    const Element element = PlainKronecker(factors, g.data(), i / b, i % b);
+    // Two dot products of a and b terms, each operation within eps / 2.
+    const double bound =
+        whole ? 0.0 : (a + b) * std::numeric_limits<float>::epsilon() * element.magnitude;
+    good = good && std::fabs(out[i] - element.value) <= bound;
+  }
+  report.Check(good, "%s: transform of %d x %d", kernels.name, static_cast<int>(a),
+               static_cast<int>(b));
+}
+
+void TestTerms(const TermKernels& kernels, int64_t rows, std::mt19937& random, Report& report) {
+  const int64_t count = rows * kPanel, stride = kPanel + 3;
+  GuardedArray<int32_t> sums(count);
+  GuardedArray<float> row_scale(rows), channel_scale(kPanel), terms(count), bias(kPanel);
+  GuardedArray<float> y((rows - 1) * stride + kPanel);
+  for (int64_t i = 0; i < count; ++i) sums[i] = Draw(random, -2000000000, 2000000000);
+  for (int64_t m = 0; m < rows; ++m) row_scale[m] = DrawValue(random, true);
+  for (int64_t n = 0; n < kPanel; ++n) channel_scale[n] = DrawValue(random, true) / 3.0f;
+  for (int64_t n = 0; n < kPanel; ++n) bias[n] = DrawValue(random, true) * 1e6f;
+  const PanelSums panel{sums.data(), row_scale.data(), channel_scale.data(), rows};
+  std::vector<float> expected(static_cast<size_t>(count));
+  const auto same = [&] {
+    return SameBits(terms.data(), expected.data(), count) && terms.Intact() && sums.Intact();
+  };
+  kernels.set(panel, terms.data());
+  for (int64_t i = 0; i < count; ++i) {
+    const volatile float scaled = static_cast<float>(sums[i]) * row_scale[i / kPanel];
+    expected[static_cast<size_t>(i)] = scaled * channel_scale[i % kPanel];
+  }
+  report.Check(same(), "%s: set %d rows", kernels.name, static_cast<int>(rows));
+  kernels.add(panel, terms.data());
+  for (float& term : expected) term += term;
+  report.Check(same(), "%s: add %d rows", kernels.name, static_cast<int>(rows));
+  kernels.add_block(panel, terms.data());
+  for (int64_t i = 0; i < count; ++i) {
+    const volatile float term = static_cast<float>(sums[i]) * channel_scale[i % kPanel];
+    expected[static_cast<size_t>(i)] += term;
+  }
+  report.Check(same(), "%s: add a block of %d rows", kernels.name, static_cast<int>(rows));
+  for (const float* added :
+       {static_cast<const float*>(nullptr), static_cast<const float*>(&bias[0])}) {
+    kernels.store(terms.data(), rows, added, y.data(), stride);
+    bool good = y.Intact();
+    for (int64_t i = 0; i < count; ++i) {
+      const float want = added != nullptr ? terms[i] + added[i % kPanel] : terms[i];
+      good = good && SameBits(&y[i / kPanel * stride + i % kPanel], &want, 1);
+    }
+    report.Check(good, "%s: store %d rows", kernels.name, static_cast<int>(rows));
+  }
+}
+
+}  // namespace
+
+void TestRows(Isa isa, Report& report) {
+  std::mt19937 random(2);
+  for (const RowKernels& kernels : AllRowKernels()) {
+    if (kernels.isa > isa) continue;
+    std::printf("%s\n", kernels.name);
+    for (int64_t width = 1; width < 140; ++width) {
+      TestRow(kernels, width, true, random, report);
+      TestRow(kernels, width, false, random, report);
+    }
+    for (const int64_t a : {1, 2, 3, 4, 5, 7, 8, 16}) {
+      for (const int64_t b : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 20, 28, 33}) {
+        TestKronecker(kernels, a, b, true, random, report);
+        TestKronecker(kernels, a, b, false, random, report);
+      }
+    }
+  }
+}
+
+void TestTerms(Isa isa, Report& report) {
+  std::mt19937 random(3);
+  for (const TermKernels& kernels : AllTermKernels()) {
+    if (kernels.isa > isa) continue;
+    std::printf("%s\n", kernels.name);
+    for (int64_t rows = 1; rows < 10; ++rows) TestTerms(kernels, rows, random, report);
+  }
+}
+
+}  // namespace splitq::test
