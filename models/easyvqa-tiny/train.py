@@ -66,7 +66,17 @@ class Batch:
 
 
 class Trainer:
-    """What both stages share: model, processor, the images, the random generator and the loop."""
+    """What both stages share: model, processor, the images, the random generator and the loop.
+
+    Args:
+        processor: tokenizer, image steps and chat template.
+        scenes: the images to learn from.
+        seed: of the initial weights, the order of the images and their variations.
+        device: torch device.
+        log_every: steps between two lines of the log.
+        model: a model to go on from; without one an untrained model is built.
+        autocast: bfloat16 where torch's autocast allows it, else float32 (faster on a CPU without bfloat16).
+    """
 
     def __init__(
         self,
@@ -76,6 +86,8 @@ class Trainer:
         seed: int,
         device: str,
         log_every: int = 50,
+        model: LlavaForConditionalGeneration | None = None,
+        autocast: bool = True,
     ) -> None:
         torch.manual_seed(seed)  # transformers draws the initial weights from the global generator
         self.rng = np.random.default_rng(seed)
@@ -83,7 +95,8 @@ class Trainer:
         self.scenes = scenes
         self.device = torch.device(device)
         self.log_every = log_every
-        self.model = build_model(processor.tokenizer).to(self.device)
+        self.autocast = autocast
+        self.model = (model or build_model(processor.tokenizer)).to(self.device)
         steps = processor.image_processor
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (steps.image_mean, steps.image_std)
@@ -206,7 +219,7 @@ class Trainer:
         epochs: float,
         batch_size: int,
     ) -> None:
-        """AdamW with warm-up and cosine decay; bfloat16 where autocast allows, float32 weights."""
+        """AdamW with warm-up and cosine decay; the weights are float32 with and without autocast."""
         groups = [{"params": list(module.parameters()), "lr": lr} for module, lr in rates]
         parameters = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -217,7 +230,7 @@ class Trainer:
         self.model.train()
         begin, recent = time.monotonic(), []
         for step, rows in zip(range(1, steps + 1), self._batches(batch_size), strict=False):
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 loss = loss_of(rows)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
