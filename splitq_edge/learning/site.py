@@ -21,6 +21,7 @@ from splitq_edge.quant.clipping import search_activation_clip, search_weight_cli
 from splitq_edge.quant.fake import fake_quantize_rows, fake_quantize_weight
 from splitq_edge.quant.rounding import gptq_codes
 from splitq_edge.quant.transforms import (
+    DENSE_WIDTH,
     apply_inverse,
     apply_transform,
     factor_pair,
@@ -81,7 +82,11 @@ class TrainableGroup(nn.Module):
 
     def transform(self, rows: torch.Tensor, matrices: Matrices) -> torch.Tensor:
         """Activation side, [..., K_g]."""
-        return rows if matrices is None else apply_transform(rows, matrices[0], matrices[2])
+        if matrices is None:
+            return rows
+        if rows.shape[-1] <= DENSE_WIDTH:
+            return rows @ torch.kron(matrices[0], matrices[2])
+        return apply_transform(rows, matrices[0], matrices[2])
 
     def untransform(self, weight: torch.Tensor, matrices: Matrices) -> torch.Tensor:
         """P^-1 W, [K_g, N]."""

@@ -9,6 +9,7 @@ import torch
 from splitq_edge.errors import SplitQError
 
 MAX_FACTOR_RATIO = 8
+DENSE_WIDTH = 64  # up to here one product with P1 ⊗ P2 is faster than two with the factors
 
 
 def factor_pair(width: int) -> tuple[int, int]:
@@ -92,5 +93,8 @@ def apply_inverse(weight: torch.Tensor, inverse1: torch.Tensor, inverse2: torch.
         [a * b, N].
     """
     a, b = inverse1.shape[0], inverse2.shape[0]
-    rows = inverse2 @ weight.reshape(a, b, -1)  # [a, b, N]
-    return (inverse1 @ rows.reshape(a, -1)).reshape(weight.shape)
+    if a * b <= DENSE_WIDTH:
+        return torch.kron(inverse1, inverse2) @ weight
+    rows = (inverse1 @ weight.reshape(a, -1)).reshape(a, b, -1)  # [a, b, N]
+    # A batched product with one matrix; `inverse2 @ rows` would copy the rows into another order first.
+    return torch.bmm(inverse2.expand(a, b, b), rows).reshape(weight.shape)
