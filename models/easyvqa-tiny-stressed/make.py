@@ -139,7 +139,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate of fine-tuning")
     parser.add_argument("--held-out", type=int, default=200, help="training images kept to measure accuracy")
     parser.add_argument("--images", type=int, help="use only the first images (default: all 4,000)")
-    parser.add_argument("--smoke", action="store_true", help="three steps, to see that it still runs")
+    parser.add_argument("--smoke", action="store_true", help="six steps, to see that it still runs")
     options = parser.parse_args()
     if options.smoke:
         if options.out == HERE:
