@@ -38,12 +38,12 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff check $(PY)
 	$(BIN)/ruff format --check $(PY)
 	bash tests/packaging/check_types.sh $(BIN)/mypy
-	find runtime_ops \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
+	find runtime_ops tests/cpp \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
 format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix $(PY)
 	$(BIN)/ruff format $(PY)
-	find runtime_ops \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format -i
+	find runtime_ops tests/cpp \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 # Opens build/demo's decoder in Netron (headless Chromium) and saves what it shows.
 docs-screenshot:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from splitq_edge.commands.evaluate import pick
 from splitq_edge.evaluate.backends import TorchBackend, answer_all
-from splitq_edge.evaluate.tasks import Question, accuracy_table, load_task
+from splitq_edge.evaluate.tasks import Question, load_task, score
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import TEXT, VISION
 from splitq_edge.quant.fake import fake_quantize_rows, fake_quantize_weight
@@ -126,7 +126,7 @@ def print_sites(sites: dict[str, Absmax], planted: dict[str, list[int]]) -> None
 
 def accuracy(backend: TorchBackend, questions: list[Question]) -> float:
     """Share of right answers in %."""
-    return 100 * float(accuracy_table(questions, answer_all(backend, questions))["accuracy"])
+    return 100 * float(score(questions, answer_all(backend, questions))["accuracy"])
 
 
 def main() -> None:

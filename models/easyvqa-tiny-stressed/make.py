@@ -24,14 +24,13 @@ import numpy as np
 import torch
 
 from splitq_edge.artifacts import write_json
-from splitq_edge.evaluate.tasks import accuracy_table
 from splitq_edge.loading import load_model
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "easyvqa-tiny"
 sys.path.insert(0, str(BASE))
 from scenes import load_scenes  # noqa: E402 - found through the line above
-from train import Trainer, answers  # noqa: E402 - likewise
+from train import Trainer, accuracy, answers  # noqa: E402 - likewise
 
 SCHEMA = 1
 CHANNELS = 8  # a modality
@@ -121,8 +120,8 @@ def main() -> None:
     log.info("wrote %s", options.out)
     if held_out:
         questions = [question for scene in held_out for question in scene.questions]
-        table = accuracy_table(questions, answers(trainer.model, base.processor, questions))
-        log.info("accuracy on %d held-out training images: %s", len(held_out), table)
+        shares = accuracy(questions, answers(trainer.model, base.processor, questions))
+        log.info("accuracy on %d held-out training images: %s", len(held_out), shares)
 
 
 def parse_options() -> argparse.Namespace:

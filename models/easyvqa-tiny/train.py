@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from splitq_edge.evaluate.tasks import Question, accuracy_table
+from splitq_edge.evaluate.tasks import Question
 
 HERE = Path(__file__).resolve().parent
 # The end token follows every answer and is learned at once; at full weight it would only dilute the loss.
@@ -271,6 +271,15 @@ def answers(
     return found
 
 
+def accuracy(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
+    """Share of exact matches in all and by question type."""
+    marks: dict[str, list[bool]] = {}
+    for question, text in zip(questions, texts, strict=True):
+        for key in ("all", question.type):
+            marks.setdefault(key, []).append(text.strip().lower() == question.answer)
+    return {key: sum(values) / len(values) for key, values in marks.items()}
+
+
 def main() -> None:
     """Train, write, and measure on images kept out of the training."""
     options = parse_options()
@@ -292,8 +301,8 @@ def main() -> None:
     log.info("wrote %s", options.out)
     if held_out:
         questions = [question for scene in held_out for question in scene.questions]
-        table = accuracy_table(questions, answers(trainer.model, processor, questions))
-        log.info("accuracy on %d held-out training images: %s", len(held_out), table)
+        shares = accuracy(questions, answers(trainer.model, processor, questions))
+        log.info("accuracy on %d held-out training images: %s", len(held_out), shares)
 
 
 def parse_options() -> argparse.Namespace:
