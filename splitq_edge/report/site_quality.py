@@ -42,6 +42,18 @@ def site_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> 
     return {"sqnr_db": stages, "channels": channel_report(site.plan, stats)}
 
 
+@torch.no_grad()
+def plain_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> dict[str, Any]:
+    """The report of a site without split and correction: the stages "rtn" and "final" of `site_quality`'s `sqnr_db`."""
+    stages: dict[str, list[float | None]] = {"rtn": [], "final": []}
+    for rows in (stats.text_rows, stats.vision_rows):
+        x = rows[:: max(1, -(-rows.shape[0] // MAX_ROWS))]
+        target = x @ site.weight if site.bias is None else x @ site.weight + site.bias
+        for name, value in (("rtn", _nearest(site, x, split=False)), ("final", frozen(x))):
+            stages[name].append(None if x.shape[0] == 0 else round(sqnr_db(target, value), 3))
+    return {"sqnr_db": stages}
+
+
 def _stage_outputs(
     site: TrainableSite, frozen: SplitLinear, x: torch.Tensor, kind: int
 ) -> dict[str, torch.Tensor]:
