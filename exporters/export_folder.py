@@ -88,8 +88,9 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
     np.savez(folder / PARITY_FILE, **parity)  # type: ignore[arg-type]
     _write_companions(loaded, folder)
     if quantized is not None:
-        report = build_report(quantized.config.to_dict(), effective_bits(quantized.sites), quantized.reports)
-        write_json(folder / REPORT_FILE, report | {"extras": quantized.extra_reports})
+        bits = effective_bits(quantized.sites)
+        report = build_report(quantized.config.to_dict(), bits, quantized.reports, quantized.extra_reports)
+        write_json(folder / REPORT_FILE, report)
     write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features))
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitq_edge.errors import SplitQError
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext, modality_of
-from splitq_edge.quant.kv_cache import cache_tensors, dequantize_cache, quantize_cache
+from splitq_edge.quant.kv_cache import cache_tensors, dequantize_cache, head_dimension, quantize_cache
 
 
 class VisionEncoder(nn.Module):
@@ -143,17 +142,8 @@ class CacheShape:
 
     @classmethod
     def of(cls, config: Any, bits: int = 0) -> CacheShape:
-        """Read it from a language model's configuration.
-
-        Raises:
-            SplitQError: 4 bits and an odd head_dim, which two codes a byte cannot hold.
-        """
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if bits == 4 and head_dim % 2:
-            raise SplitQError(
-                f"kv_cache_bits 4: expected an even head dimension, got {head_dim}; set kv_cache_bits to 8 or 0"
-            )
-        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim, bits)
+        """Read it from a language model's configuration."""
+        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dimension(config), bits)
 
     @property
     def dtype(self) -> str:
@@ -170,7 +160,7 @@ class CacheShape:
         layers: list[tuple[torch.Tensor, ...]] = []
         for _ in range(self.layers):
             layer = [torch.randn(shape, generator=generator) for _ in range(2)]
-            layers.append(
-                tuple(part for states in layer for part in quantize_cache(states, self.bits)) if self.bits else tuple(layer)
-            )
+            if self.bits:
+                layer = [part for states in layer for part in quantize_cache(states, self.bits)]
+            layers.append(tuple(layer))
         return layers

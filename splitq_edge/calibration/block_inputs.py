@@ -45,6 +45,7 @@ def padded_batches(
         encoded: model inputs of single conversations, the same in all processes.
         size: samples a batch, over all processes.
         pad_token_id: fills input_ids; attention_mask is 0 there.
+        processes: who shares the samples.
 
     Returns:
         One entry a global batch; where this process has no sample of it, `samples` is empty and `inputs` too.

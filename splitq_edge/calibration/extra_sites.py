@@ -1,8 +1,9 @@
 """Sites outside the language blocks: the vision encoder's blocks and the output projection.
 
-They are quantized in closed form, whatever the method: one channel group, no correction, Hadamard transform, SmoothQuant
-scale, searched clips, one weight scale an output channel; weights are rounded as the recipe says. Statistics come from
-hooks while the float model runs, so the language blocks are calibrated on the float encoder's features.
+They are quantized in closed form, whatever the method: one channel group, no correction, Hadamard transform,
+SmoothQuant's scale, searched clips, one weight scale an output channel; weights are rounded as the recipe says.
+Statistics come from hooks while the float model runs, so the language blocks are calibrated on the float encoder's
+features.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from splitq_edge.methods.scales import ScaleInputs
 from splitq_edge.modality import VISION
 from splitq_edge.modules.split_linear import SplitLinear, site_parts
 from splitq_edge.parallel import Processes
+from splitq_edge.quant.kv_cache import head_dimension
 from splitq_edge.quant.transforms import has_balanced_factors
 from splitq_edge.report.site_quality import plain_quality
 from splitq_edge.splitting.plan import SplitPlan
@@ -48,12 +50,18 @@ def check_extras(loaded: LoadedModel, config: QuantConfig) -> None:
     """Check that the model has what the recipe quantizes beside the language blocks.
 
     Raises:
-        SplitQError: no vision encoder.
+        SplitQError: no vision encoder, or heads of an odd width with a 4-bit cache.
     """
     if config.vision != "none" and not loaded.adapter.vision_blocks:
         raise SplitQError(
             f"recipe: vision: expected none for a model without vision encoder ('{loaded.adapter.model_type}'), "
             f"got {config.vision!r}; change it in the recipe"
+        )
+    head_dim = head_dimension(loaded.text_config)
+    if config.kv_cache_bits == 4 and head_dim % 2:
+        raise SplitQError(
+            f"recipe: kv_cache_bits: expected 0 or 8 for heads of {head_dim} channels (4 bits need an even number), "
+            "got 4; change it in the recipe"
         )
 
 
@@ -226,7 +234,9 @@ def quantize_extra(loaded: LoadedModel, config: QuantConfig, extra: str, stats: 
         linears = _linears(loaded.model, site)
         for path, linear in linears.items():
             if not torch.isfinite(linear.weight).all():
-                raise SplitQError(f"{site.name}: expected finite weights in {path}, got NaN or infinity; check the checkpoint")
+                raise SplitQError(
+                    f"{site.name}: expected finite weights in {path}, got NaN or infinity; check the checkpoint"
+                )
         known = stats[site.name]
         chosen = extra_config(config, extra, known.channels)
         trained = _closed_form(site.name, list(linears.values()), known, chosen, loaded)
@@ -244,15 +254,26 @@ def _closed_form(
 
 
 def _hessian(site: TrainableSite, stats: SiteStats) -> torch.Tensor | None:
-    """A^T A of the kept rows, for GPTQ."""
+    """A^T A of the kept rows for GPTQ, [K, K], drawn towards a multiple of the identity by K / (2 rows) of its mean.
+
+    With few rows GPTQ would fit these rows alone. 512 synthetic rows of 512 channels, error on other rows over that of
+    rounding to nearest: 1.89 at the usual damping and 1.04 with this one where the spectrum falls as i^-0.5, 0.73 and
+    0.50 where it falls as i^-1.
+    """
+    rows = torch.cat([stats.text_rows, stats.vision_rows])
     with site.context.using(None), site.observing():
-        site(torch.cat([stats.text_rows, stats.vision_rows]))
-    return site.take_hessian()
+        site(rows)
+    hessian = site.take_hessian()
+    if hessian is not None and rows.shape[0]:
+        hessian.diagonal().add_(hessian.diagonal().mean() * (stats.channels / (2 * rows.shape[0])))
+    return hessian
 
 
 def _log_untransformed(extra: str, widths: Iterable[int]) -> None:
     odd = sorted({width for width in widths if not has_balanced_factors(width)})
     if odd:
         logger.warning(
-            "%s: sites of %s input channels stay untransformed: no two near-equal factors", extra, ", ".join(map(str, odd))
+            "%s: sites of %s input channels stay untransformed: no two near-equal factors",
+            extra,
+            ", ".join(map(str, odd)),
         )

@@ -145,9 +145,7 @@ class Calibration:
     def _sensitivity(self, inputs: BlockInputs) -> Sensitivity:
         if self.config.scale != "mbq" and not (self.config.learning.epochs and self.config.learning.balance == "mbq"):
             return {}
-        return collect_sensitivity(
-            self.loaded, inputs, self.processes, progress=lambda: self._done("sensitivity", 1)
-        )
+        return collect_sensitivity(self.loaded, inputs, self.processes, progress=lambda: self._done("sensitivity", 1))
 
     def _done(self, what: str, steps: int) -> None:
         if self.progress is not None:
@@ -249,9 +247,7 @@ class Calibration:
                 known.vision_rows,
                 sensitivity.get(name, (1.0, 1.0)),
             )
-            sites[name] = TrainableSite(
-                name, list(linears.values()), plan, self.config, self.loaded.context, inputs
-            )
+            sites[name] = TrainableSite(name, list(linears.values()), plan, self.config, self.loaded.context, inputs)
             replace_linears(block, sites[name], {path: linear.out_features for path, linear in linears.items()})
         return sites
 
@@ -298,9 +294,7 @@ def place_sites(adapter: ModelAdapter, index: int, block: nn.Module, sites: dict
     for site in adapter.language_block:
         name = adapter.site_name(index, site)
         modules: dict[str, Any] = {path: block.get_submodule(path) for path in site.linears}
-        widths = {
-            path: int(m.out_features if isinstance(m, nn.Linear) else m.width) for path, m in modules.items()
-        }
+        widths = {path: int(m.out_features if isinstance(m, nn.Linear) else m.width) for path, m in modules.items()}
         replace_linears(block, sites[name], widths)
 
 

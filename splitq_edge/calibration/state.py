@@ -20,7 +20,7 @@ from splitq_edge.errors import ArtifactError, SplitQError
 from splitq_edge.modality import ModalityContext
 from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 HEADER_FILE = "calibration.json"
 CORRECTION_TENSORS = ("u", "u_scale", "v", "v_scale", "gate_cws", "gate_mac")
 
@@ -79,8 +79,8 @@ class CalibrationState:
         changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if changed:
             raise SplitQError(
-                f"calibration state {self.folder}: expected the same run, {', '.join(changed)} changed; use the options "
-                "of the first run, or delete the folder to begin anew"
+                f"calibration state {self.folder}: expected the same run, {', '.join(changed)} changed; use the "
+                "options of the first run, or delete the folder to begin anew"
             )
         return self.finished()
 
@@ -116,7 +116,8 @@ class CalibrationState:
         for name, site in record.sites.items():
             sites[name], parts = _pack_site(site)
             tensors |= {f"{name}/{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
-        metadata = {"sites": json.dumps(sites), "report": json.dumps(record.report)}
+        # One entry: safetensors writes several in any order, and equal runs should leave equal bytes.
+        metadata = {"record": json.dumps({"sites": sites, "report": record.report})}
         write_bytes(path, save(tensors, metadata))
 
     def load(self, index: int, context: ModalityContext, device: torch.device | None = None) -> BlockRecord:
@@ -140,9 +141,9 @@ class CalibrationState:
             with safe_open(path, "pt", device=str(device or "cpu")) as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            described = json.loads(metadata["sites"])
-            sites = {name: _unpack_site(name, values, tensors, context) for name, values in described.items()}
-            return BlockRecord(sites, json.loads(metadata["report"]))
+            described = json.loads(metadata["record"])
+            sites = {name: _unpack_site(name, values, tensors, context) for name, values in described["sites"].items()}
+            return BlockRecord(sites, described["report"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ArtifactError(f"{path}: expected finished sites ({error}); delete it and --resume") from error
 
@@ -213,4 +214,3 @@ def _unpack_site(
         group_size=described["group_size"],
         activation_symmetric=described["activation_symmetric"],
     )
-

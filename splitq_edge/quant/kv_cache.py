@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from splitq_edge.quant.affine import quantize_rows
 
 NIBBLE_OFFSET = 8  # a stored 4-bit code is code + 8, 0 to 15
+
+
+def head_dimension(config: Any) -> int:
+    """Channels a head of a language model's configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def cache_tensors(bits: int) -> tuple[str, ...]:

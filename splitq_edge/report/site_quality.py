@@ -28,9 +28,9 @@ def site_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> 
         stats: calibration statistics; their rows are what the site is measured on.
 
     Returns:
-        `sqnr_db`: by stage, [text, vision] in dB, null without rows of the modality. Stages: "rtn" (whole site, nearest),
-        "split" (outlier groups apart, nothing else), "transform" (learned P, scale and clips, no correction), "cws",
-        "mac" (all, as learned) and "final" (the integers of the export). `channels`: see `channel_report`.
+        `sqnr_db`: by stage, [text, vision] in dB, null without rows of the modality. Stages: "rtn" (whole site,
+        nearest), "split" (outlier groups apart, nothing else), "transform" (learned P, scale and clips, no correction),
+        "cws", "mac" (all, as learned) and "final" (the integers of the export). `channels`: see `channel_report`.
     """
     stages: dict[str, list[float | None]] = {}
     rows = {TEXT: stats.text_rows, VISION: stats.vision_rows}
@@ -54,9 +54,7 @@ def plain_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) ->
     return {"sqnr_db": stages}
 
 
-def _stage_outputs(
-    site: TrainableSite, frozen: SplitLinear, x: torch.Tensor, kind: int
-) -> dict[str, torch.Tensor]:
+def _stage_outputs(site: TrainableSite, frozen: SplitLinear, x: torch.Tensor, kind: int) -> dict[str, torch.Tensor]:
     mask = torch.full(x.shape[:1], kind, dtype=torch.int8, device=x.device)
     outputs = {"rtn": _nearest(site, x, split=False), "split": _nearest(site, x, split=True)}
     with site.context.using(mask):
@@ -90,9 +88,9 @@ def channel_report(plan: SplitPlan, stats: SiteStats) -> dict[str, Any]:
     """Which channels were split off, how much of the magnitude they carry, and how far the modalities agree.
 
     Returns:
-        `text`, `vision`: channel numbers; `absmax_share`: share of the sum of the channels' largest magnitudes that each
-        set carries over its own modality's tokens; `absmax_over_median`: [text, vision], the largest channel over the
-        median channel; `jaccard`: overlap of the modalities' top channels, as many as the groups have.
+        `text`, `vision`: channel numbers; `absmax_share`: share of the sum of the channels' largest magnitudes that
+        each set carries over its own modality's tokens; `absmax_over_median`: [text, vision], the largest channel over
+        the median channel; `jaccard`: overlap of the modalities' top channels, as many as the groups have.
     """
     count = max(1, (plan.text.numel() + plan.vision.numel()) // 2)
     if plan.text.numel() + plan.vision.numel() == 0:

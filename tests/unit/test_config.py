@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from splitq_edge.config import PRESETS, ClipConfig, CorrectionConfig, LearningConfig, QuantConfig, SplitConfig, load_recipe, preset
+from splitq_edge.config import (
+    PRESETS,
+    ClipConfig,
+    CorrectionConfig,
+    LearningConfig,
+    QuantConfig,
+    SplitConfig,
+    load_recipe,
+    preset,
+)
 from splitq_edge.errors import SplitQError
 
 KINDS = {

@@ -8,7 +8,6 @@ import pytest
 import torch
 from builders import rng
 
-from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.parts import CacheShape
 from splitq_edge.quant.kv_cache import cache_tensors, dequantize_cache, quantize_cache
 
@@ -66,9 +65,3 @@ def test_shape_names_and_types_agree_with_the_tensors(bits: int, dtype: str) -> 
     assert len(layer) == len(cache_tensors(bits))
     assert cache.dtype == dtype == str(layer[0].dtype).removeprefix("torch.")
     assert {tuple(tensor.shape[:3]) for tensor in layer} == {(2, 3, 5)}
-
-
-def test_odd_heads_do_not_fit_into_four_bits() -> None:
-    assert CacheShape.of(config(15), 8).head_dim == 15
-    with pytest.raises(SplitQError, match="expected an even head dimension, got 15; set kv_cache_bits to 8 or 0"):
-        CacheShape.of(config(15), 4)
