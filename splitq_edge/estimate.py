@@ -75,13 +75,13 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
     weights = sum(shape.inputs * shape.outputs for shape in shapes)
     everything = sum(parameter.numel() for parameter in loaded.model.parameters())
     blocks = loaded.block_count
-    extra_bytes = {}
-    for extra in wanted_extras(config):
-        extra_shapes = [_shape(loaded.model, site.linears) for site in extra_sites(loaded, extra)]
-        extra_bytes[extra] = sum(
-            _site_storage(shape, extra_config(config, extra, shape.inputs), packed=packed)[1] for shape in extra_shapes
+    extra_bytes: dict[str, int] = {}
+    for name in wanted_extras(config):
+        extra_shapes = [_shape(loaded.model, site.linears) for site in extra_sites(loaded, name)]
+        extra_bytes[name] = sum(
+            _site_storage(shape, extra_config(config, name, shape.inputs), packed=packed)[1] for shape in extra_shapes
         )
-        if extra != "lm_head" or not _tied(loaded):  # a tied weight stays as embedding
+        if name != "lm_head" or not _tied(loaded):  # a tied weight stays as embedding
             everything -= sum(shape.inputs * shape.outputs for shape in extra_shapes)
     return Estimate(
         effective_bits=stored / weights,
