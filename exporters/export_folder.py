@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from splitq_edge import __version__
 from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_json
+from splitq_edge.calibration.extra_sites import EXTRAS
 from splitq_edge.convert import QuantizedModel, effective_bits
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.onnx_export import check_axes, trace
@@ -23,6 +25,8 @@ from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
 from splitq_edge.loading import LoadedModel
+from splitq_edge.modules.split_linear import SplitLinear
+from splitq_edge.quant.kv_cache import cache_tensors
 from splitq_edge.report.quality_report import REPORT_FILE, build_report
 
 FLAVOURS = ("portable", "packed")
@@ -69,7 +73,7 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         embeds, modality = _parity_embed(loaded, request, features, parity)
         _parity_decoder(loaded, quantized, embeds, modality, parity)
     parts = {
-        "vision_encoder": _vision_graph(loaded, request),
+        "vision_encoder": _vision_graph(loaded, quantized, request),
         "embed_tokens": _embed_graph(loaded, features),
         "decoder": _decoder_graph(loaded, quantized, request, embeds.shape[-1]),
     }
@@ -84,7 +88,8 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
     np.savez(folder / PARITY_FILE, **parity)  # type: ignore[arg-type]
     _write_companions(loaded, folder)
     if quantized is not None:
-        report = build_report(quantized.config.to_dict(), effective_bits(quantized.sites), quantized.reports)
+        bits = effective_bits(quantized.sites)
+        report = build_report(quantized.config.to_dict(), bits, quantized.reports, quantized.extra_reports)
         write_json(folder / REPORT_FILE, report)
     write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features))
 
@@ -103,16 +108,38 @@ def check_exportable(loaded: LoadedModel) -> int:
     return loaded.image_token_id
 
 
-def _vision_graph(loaded: LoadedModel, request: ExportRequest) -> ir.Model:
+def _vision_graph(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest) -> ir.Model:
     pixels = request.sample["pixel_values"]
-    model = trace(
-        VisionEncoder(loaded),
-        {"pixel_values": torch.cat([pixels, pixels])[:2].clone()},
-        input_names=["pixel_values"],
-        output_names=["image_features"],
-        dynamic={"pixel_values": {0: "images"}},
-    )
+
+    def traced() -> ir.Model:
+        return trace(
+            VisionEncoder(loaded),
+            {"pixel_values": torch.cat([pixels, pixels])[:2].clone()},
+            input_names=["pixel_values"],
+            output_names=["image_features"],
+            dynamic={"pixel_values": {0: "images"}},
+        )
+
+    sites = {} if quantized is None else quantized.extras.get("vision", {})
+    model = _with_sites(traced, quantized, sites, request)
     check_axes(model, {"pixel_values": {0: "images"}})
+    return model
+
+
+def _with_sites(
+    traced: Callable[[], ir.Model],
+    quantized: QuantizedModel | None,
+    sites: dict[str, SplitLinear],
+    request: ExportRequest,
+) -> ir.Model:
+    """A traced graph with its quantized sites as nodes and their bodies attached."""
+    if quantized is None or not sites:
+        return traced()
+    with placeholders(quantized):
+        model = traced()
+    packed = request.flavour == "packed"
+    expand_sites(model, sites, packed=packed)
+    attach_functions(model, (site_spec(site, packed=packed) for site in sites.values()))
     return model
 
 
@@ -135,7 +162,7 @@ def _embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
 def _decoder_graph(
     loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest, hidden: int
 ) -> ir.Model:
-    cache = CacheShape.of(loaded.model.config.get_text_config())
+    cache = cache_shape(loaded, quantized)
     generator = torch.Generator().manual_seed(request.seed)
     batch, sequence, past = 2, 3, 5  # 0 and 1 would be taken as constants
     with_modality = quantized is not None and reads_modality(quantized)
@@ -152,38 +179,31 @@ def _decoder_graph(
         "attention_mask": {0: "batch", 1: "total_sequence"},
         "position_ids": step,
     }
-    dynamic: dict[str, Any] = {**axes, "past": [(kv, kv)] * cache.layers}
-    names = cache_names("past_key_values", cache.layers)
-    axes |= dict.fromkeys(names, kv)
+    dynamic: dict[str, Any] = {**axes, "past": [(kv,) * len(cache_tensors(cache.bits))] * cache.layers}
+    axes |= dict.fromkeys(cache.names("past_key_values"), kv)
     if with_modality:
         inputs["modality"] = torch.zeros(batch, sequence, dtype=torch.int8)
         dynamic["modality"] = axes["modality"] = step
-    decoder = Decoder(loaded, with_modality=with_modality)
 
     def traced() -> ir.Model:
         return trace(
-            decoder,
+            Decoder(loaded, with_modality=with_modality, kv_cache_bits=cache.bits),
             inputs,
             input_names=list(axes),
-            output_names=["logits", *cache_names("present", cache.layers)],
+            output_names=["logits", *cache.names("present")],
             dynamic=dynamic,
         )
 
-    if quantized is None:
-        model = traced()
-    else:
-        with placeholders(quantized):
-            model = traced()
-        packed = request.flavour == "packed"
-        expand_sites(model, quantized.sites, packed=packed)
-        attach_functions(model, (site_spec(site, packed=packed) for site in quantized.sites.values()))
+    sites = {} if quantized is None else quantized.sites | quantized.extras.get("lm_head", {})
+    model = _with_sites(traced, quantized, sites, request)
     check_axes(model, axes)
     return model
 
 
-def cache_names(prefix: str, layers: int) -> list[str]:
-    """Names of the cache tensors: `<prefix>.<layer>.key`, `<prefix>.<layer>.value`."""
-    return [f"{prefix}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+def cache_shape(loaded: LoadedModel, quantized: QuantizedModel | None) -> CacheShape:
+    """The exported decoder's cache."""
+    bits = 0 if quantized is None else quantized.config.kv_cache_bits
+    return CacheShape.of(loaded.model.config.get_text_config(), bits)
 
 
 def _describe(model: ir.Model, part: str, quantized: QuantizedModel | None, request: ExportRequest) -> None:
@@ -196,6 +216,10 @@ def _describe(model: ir.Model, part: str, quantized: QuantizedModel | None, requ
         model.metadata_props["splitq.flavour"] = request.flavour
         model.metadata_props["splitq.effective_bits"] = f"{effective_bits(quantized.sites):.4f}"
         model.metadata_props["splitq.recipe"] = json.dumps(quantized.config.to_dict())
+    if quantized is not None and part == "vision_encoder" and "vision" in quantized.extras:
+        model.metadata_props["splitq.scheme"] = quantized.config.vision
+        model.metadata_props["splitq.flavour"] = request.flavour
+        model.metadata_props["splitq.effective_bits"] = f"{effective_bits(quantized.extras['vision']):.4f}"
 
 
 def _parity_vision(loaded: LoadedModel, request: ExportRequest, parity: dict[str, np.ndarray]) -> torch.Tensor:
@@ -227,12 +251,12 @@ def _parity_decoder(
     parity: dict[str, np.ndarray],
 ) -> None:
     """Prefill of all but the last token of a real conversation, then one decode step with the last one."""
-    cache = CacheShape.of(loaded.model.config.get_text_config())
+    cache = cache_shape(loaded, quantized)
     with_modality = quantized is not None and reads_modality(quantized)
-    decoder = Decoder(loaded, with_modality=with_modality)
-    names = cache_names("past_key_values", cache.layers)
+    decoder = Decoder(loaded, with_modality=with_modality, kv_cache_bits=cache.bits)
+    names, kinds = cache.names("past_key_values"), len(cache_tensors(cache.bits))
     tokens = embeds.shape[1]
-    past = [(torch.zeros(1, cache.heads, 0, cache.head_dim),) * 2 for _ in range(cache.layers)]
+    past = cache.random(1, 0, torch.Generator())
     for case, begin, end in (("prefill", 0, tokens - 1), ("step", tokens - 1, tokens)):
         inputs = {
             "inputs_embeds": embeds[:, begin:end],
@@ -241,11 +265,11 @@ def _parity_decoder(
         }
         mask = modality[:, begin:end]
         logits, *present = decoder(**inputs, past=list(past), modality=mask)
-        feeds = {**inputs, **dict(zip(names, (tensor for pair in past for tensor in pair), strict=True))}
+        feeds = {**inputs, **dict(zip(names, (tensor for layer in past for tensor in layer), strict=True))}
         if with_modality:
             feeds["modality"] = mask
         _store(parity, f"decoder/{case}", feeds, {"logits": logits[:, -PARITY_POSITIONS:]})
-        past = list(zip(present[::2], present[1::2], strict=True))
+        past = [tuple(present[start : start + kinds]) for start in range(0, len(present), kinds)]
 
 
 def _store(
@@ -274,10 +298,15 @@ def _manifest(
     folder: Path,
     features: torch.Tensor,
 ) -> dict[str, Any]:
-    cache = CacheShape.of(loaded.model.config.get_text_config())
+    cache = cache_shape(loaded, quantized)
     limits = dict.fromkeys(("vision_encoder", "embed_tokens", "decoder"), FLOAT_LIMIT_DB)
     if quantized is not None:
-        limits["decoder"] = parity_limit_db(quantized.config.activation_bits)
+        for part, sites in (
+            ("vision_encoder", quantized.extras.get("vision", {})),
+            ("decoder", quantized.sites | quantized.extras.get("lm_head", {})),
+        ):
+            used = [site.groups["main"].activation_bits for site in sites.values()]
+            limits[part] = parity_limit_db(min(used)) if used else FLOAT_LIMIT_DB
     eos, pad = _end_tokens(loaded)
     return {
         "schema": EXPORT_SCHEMA,
@@ -288,6 +317,7 @@ def _manifest(
         "scheme": "none" if quantized is None else quantized.config.scheme,
         "flavour": request.flavour if quantized is not None else "float",
         "effective_bits": 32.0 if quantized is None else round(effective_bits(quantized.sites), 4),
+        **{extra: _extra_entry(quantized, extra) for extra in EXTRAS},
         "recipe": None if quantized is None else quantized.config.to_dict(),
         "calibration": request.calibration,
         "seed": request.seed,
@@ -302,11 +332,20 @@ def _manifest(
             "layers": cache.layers,
             "heads": cache.heads,
             "head_dim": cache.head_dim,
-            "dtype": "float32",
+            "dtype": cache.dtype,
+            "bits": cache.bits or 32,
         },
         "versions": _versions("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "numpy"),
         "files": file_table(folder),
     }
+
+
+def _extra_entry(quantized: QuantizedModel | None, extra: str) -> dict[str, Any]:
+    """What export.json says of the vision encoder or the output projection."""
+    if quantized is None or extra not in quantized.extras:
+        return {"scheme": "none", "effective_bits": 32.0}
+    bits = effective_bits(quantized.extras[extra])
+    return {"scheme": getattr(quantized.config, extra), "effective_bits": round(bits, 4)}
 
 
 def parity_limit_db(activation_bits: int) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext, modality_of
+from splitq_edge.quant.kv_cache import cache_tensors, dequantize_cache, head_dimension, quantize_cache
 
 
 class VisionEncoder(nn.Module):
@@ -64,13 +65,17 @@ class Decoder(nn.Module):
     inputs_embeds [batch, sequence, hidden], attention_mask int64 [batch, past + sequence], position_ids int64
     [batch, sequence], modality int8 [batch, sequence] (if the scheme reads it), past key and value of every layer
     [batch, kv_heads, past, head_dim] -> logits [batch, sequence, vocabulary] and the grown cache.
+
+    With `kv_cache_bits` the past comes and goes as integers and scales (`quantize_cache`). A token is quantized once,
+    when it enters the cache; the tokens of the running call see each other in float32.
     """
 
-    def __init__(self, loaded: LoadedModel, *, with_modality: bool) -> None:
+    def __init__(self, loaded: LoadedModel, *, with_modality: bool, kv_cache_bits: int = 0) -> None:
         super().__init__()
         self.language_model = loaded.model.get_submodule(loaded.adapter.language_model)
         self.lm_head = loaded.model.get_submodule(loaded.adapter.lm_head)
         self.with_modality = with_modality
+        self.kv_cache_bits = kv_cache_bits
         self.context: ModalityContext = loaded.context
 
     def forward(
@@ -78,10 +83,10 @@ class Decoder(nn.Module):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: list[tuple[torch.Tensor, torch.Tensor]],
+        past: list[tuple[torch.Tensor, ...]],
         modality: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Logits of every position, then present key and value of every layer."""
+        """Logits of every position, then the present tensors of every layer, in the order of `cache_tensors`."""
         from transformers import DynamicCache
 
         with self.context.using(modality):
@@ -89,11 +94,34 @@ class Decoder(nn.Module):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=DynamicCache([(key, value) for key, value in past]),
+                past_key_values=DynamicCache([self._float_layer(layer) for layer in past]),
                 use_cache=True,
             )
-        present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        present: list[torch.Tensor] = []
+        for before, layer in zip(past, output.past_key_values.layers, strict=True):
+            present += self._present(before, layer.keys, layer.values)
         return (self.lm_head(output.last_hidden_state), *present)
+
+    def _float_layer(self, layer: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Past key and value of a layer, [batch, kv_heads, past, head_dim] float32."""
+        if not self.kv_cache_bits:
+            return layer[0], layer[1]
+        key, key_scale, value, value_scale = layer
+        bits = self.kv_cache_bits
+        return dequantize_cache(key, key_scale, bits), dequantize_cache(value, value_scale, bits)
+
+    def _present(
+        self, past: tuple[torch.Tensor, ...], keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The layer's grown cache: the past as it came, only the new tokens quantized."""
+        if not self.kv_cache_bits:
+            return keys, values
+        grown: list[torch.Tensor] = []
+        for codes, scale, states in ((*past[:2], keys), (*past[2:], values)):
+            new = states[:, :, codes.shape[2] :]  # [batch, kv_heads, sequence, head_dim]
+            new_codes, new_scale = quantize_cache(new, self.kv_cache_bits)
+            grown += [torch.cat([codes, new_codes], 2), torch.cat([scale, new_scale], 2)]
+        return tuple(grown)
 
 
 @dataclass(frozen=True)
@@ -104,22 +132,35 @@ class CacheShape:
         layers: decoder layers.
         heads: key-value heads.
         head_dim: channels a head.
+        bits: 0 for float32, 8 or 4 for integers.
     """
 
     layers: int
     heads: int
     head_dim: int
+    bits: int = 0
 
     @classmethod
-    def of(cls, config: Any) -> CacheShape:
+    def of(cls, config: Any, bits: int = 0) -> CacheShape:
         """Read it from a language model's configuration."""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim)
+        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dimension(config), bits)
 
-    def random(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    @property
+    def dtype(self) -> str:
+        """Type of the stored keys and values."""
+        return {0: "float32", 8: "int8", 4: "uint8"}[self.bits]
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the cache tensors: `<prefix>.<layer>.key`, ..., see `cache_tensors`."""
+        return [f"{prefix}.{layer}.{kind}" for layer in range(self.layers) for kind in cache_tensors(self.bits)]
+
+    def random(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
         """A random cache of `past` tokens, for tracing and parity samples."""
         shape = (batch, self.heads, past, self.head_dim)
-        return [
-            (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
-            for _ in range(self.layers)
-        ]
+        layers: list[tuple[torch.Tensor, ...]] = []
+        for _ in range(self.layers):
+            layer = [torch.randn(shape, generator=generator) for _ in range(2)]
+            if self.bits:
+                layer = [part for states in layer for part in quantize_cache(states, self.bits)]
+            layers.append(tuple(layer))
+        return layers

@@ -35,7 +35,7 @@ def _(x: torch.Tensor, modality: torch.Tensor | None, site: str, part: str, widt
 
 
 class TracedPart(nn.Module):
-    """Takes the place of a `SitePart` while the decoder is traced."""
+    """Takes the place of a `SitePart` while a graph is traced."""
 
     def __init__(self, part: SitePart, context: ModalityContext, *, with_modality: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class TracedPart(nn.Module):
 
 
 def reads_modality(quantized: QuantizedModel) -> bool:
-    """Whether any site needs the modality mask as a graph input."""
+    """Whether any site of the language blocks needs the modality mask as a graph input."""
     return any(
         site.correction is not None and site.correction.gate_mac.numel() > 0 and site.correction.mac_rows == "text"
         for site in quantized.sites.values()
@@ -60,21 +60,16 @@ def reads_modality(quantized: QuantizedModel) -> bool:
 @contextmanager
 def placeholders(quantized: QuantizedModel) -> Iterator[None]:
     """Within the block the model's quantized linears trace to placeholder nodes."""
-    with_modality = reads_modality(quantized)
-    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    reading = quantized.sites if reads_modality(quantized) else {}
+    model, context = quantized.loaded.model, quantized.loaded.context
+    parts = {path: module for path, module in model.named_modules() if isinstance(module, SitePart)}
     try:
-        for block in quantized.loaded.language_blocks():
-            for site in quantized.loaded.adapter.language_block:
-                for path in site.linears:
-                    part = block.get_submodule(path)
-                    assert isinstance(part, SitePart)
-                    traced = TracedPart(part, quantized.loaded.context, with_modality=with_modality)
-                    swapped.append((block, path, part))
-                    block.set_submodule(path, traced)
+        for path, part in parts.items():
+            model.set_submodule(path, TracedPart(part, context, with_modality=part.site.name in reading))
         yield
     finally:
-        for block, path, part in swapped:
-            block.set_submodule(path, part)
+        for path, part in parts.items():
+            model.set_submodule(path, part)
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -26,7 +26,8 @@ class Cache:
     """Key-value cache of a batch.
 
     Attributes:
-        values: by decoder input name, [batch, kv_heads, past, head_dim] float32.
+        values: by decoder input name, [batch, kv_heads, past, channels]: keys and values in float32, or as int8 codes
+            (uint8: two 4-bit codes a byte) with one float32 scale a token and head beside each.
     """
 
     values: dict[str, np.ndarray]
@@ -141,9 +142,18 @@ class ExportedModel:
     def empty_cache(self, batch: int) -> Cache:
         """The cache before the first token."""
         shape = self.manifest["cache"]
-        empty = np.zeros((batch, shape["heads"], 0, shape["head_dim"]), np.float32)
-        names = (f"past_key_values.{i}.{kind}" for i in range(shape["layers"]) for kind in ("key", "value"))
-        return Cache(dict.fromkeys(names, empty))
+        channels = shape["head_dim"] // 2 if shape.get("bits") == 4 else shape["head_dim"]
+        empty = {"": np.zeros((batch, shape["heads"], 0, channels), shape["dtype"])}
+        if shape["dtype"] != "float32":
+            empty["_scale"] = np.zeros((batch, shape["heads"], 0, 1), np.float32)
+        return Cache(
+            {
+                f"past_key_values.{layer}.{kind}{suffix}": value
+                for layer in range(shape["layers"])
+                for kind in ("key", "value")
+                for suffix, value in empty.items()
+            }
+        )
 
     def decode(
         self, inputs_embeds: np.ndarray, modality: np.ndarray, attention_mask: np.ndarray, cache: Cache

@@ -14,6 +14,9 @@ BLOCK_SIZES = (0, 32, 64, 128)
 TRANSFORMS = ("hadamard", "identity")
 CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max")
 SCALES = ("none", "smoothquant", "awq", "mbq")
+VISION_SCHEMES = ("none", "W8A8", "W4A8", "W4A4")
+LM_HEAD_SCHEMES = ("none", "W8A8", "W4A8")
+KV_CACHE_BITS = (0, 8, 4)
 
 # What YAML may give for a field's declared type; a bool is no number here.
 PLAIN_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -157,6 +160,9 @@ class QuantConfig:
         split: channel split.
         correction: low-rank branches.
         learning: block-wise reconstruction.
+        vision: scheme of the vision encoder's blocks, "none" for float32, see `splitq_edge.calibration.extra_sites`.
+        lm_head: scheme of the output projection, likewise.
+        kv_cache_bits: bits of the key-value cache, 0 for float32, see `splitq_edge.quant.kv_cache`.
     """
 
     scheme: str
@@ -172,6 +178,9 @@ class QuantConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     learning: LearningConfig = field(default_factory=LearningConfig)
+    vision: str = "none"
+    lm_head: str = "none"
+    kv_cache_bits: int = 0
 
     def __post_init__(self) -> None:
         _require(self.bits in BIT_WIDTHS, "bits", f"one of {BIT_WIDTHS}", self.bits)
@@ -191,6 +200,9 @@ class QuantConfig:
             "true at 8 activation bits",
             self.activation_symmetric,
         )
+        _require(self.vision in VISION_SCHEMES, "vision", f"one of {VISION_SCHEMES}", self.vision)
+        _require(self.lm_head in LM_HEAD_SCHEMES, "lm_head", f"one of {LM_HEAD_SCHEMES}", self.lm_head)
+        _require(self.kv_cache_bits in KV_CACHE_BITS, "kv_cache_bits", f"one of {KV_CACHE_BITS}", self.kv_cache_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, the form of the YAML recipe and of export.json."""

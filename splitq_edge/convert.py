@@ -1,10 +1,11 @@
-"""From a calibration to a model whose language linears are quantized sites."""
+"""From a calibration to a model whose language linears, and others if the recipe says so, are quantized sites."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from splitq_edge.calibration.extra_sites import place_extra, wanted_extras
 from splitq_edge.calibration.runner import place_sites
 from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.config import QuantConfig
@@ -19,14 +20,19 @@ class QuantizedModel:
     Attributes:
         loaded: the model, changed in place.
         config: the recipe.
-        sites: quantized sites by name, in the order of the blocks.
+        sites: quantized sites of the language blocks by name, in the order of the blocks.
         reports: report of every block, see `BlockRecord`.
+        extras: quantized sites beside the language blocks, by "vision" and "lm_head" and then by name; only what the
+            recipe quantizes.
+        extra_reports: their reports, likewise.
     """
 
     loaded: LoadedModel
     config: QuantConfig
     sites: dict[str, SplitLinear]
     reports: list[dict[str, Any]]
+    extras: dict[str, dict[str, SplitLinear]] = field(default_factory=dict)
+    extra_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def assemble(loaded: LoadedModel, config: QuantConfig, state: CalibrationState) -> QuantizedModel:
@@ -46,6 +52,11 @@ def assemble(loaded: LoadedModel, config: QuantConfig, state: CalibrationState) 
         place_sites(loaded.adapter, index, block, record.sites)
         quantized.sites.update(record.sites)
         quantized.reports.append(record.report)
+    for extra in wanted_extras(config):
+        record = state.load_extra(extra, loaded.context)
+        place_extra(loaded, extra, record.sites)
+        quantized.extras[extra] = record.sites
+        quantized.extra_reports[extra] = record.report
     return quantized
 
 

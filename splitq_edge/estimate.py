@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from splitq_edge.calibration.extra_sites import check_extras, extra_config, extra_sites, wanted_extras
 from splitq_edge.config import QuantConfig
 from splitq_edge.correction.low_rank import rank_of
 from splitq_edge.loading import LoadedModel
@@ -33,8 +35,9 @@ class Estimate:
 
     Attributes:
         effective_bits: stored bits a weight of the quantized linears, as `convert.effective_bits` will report.
-        decoder_bytes: of the quantized linears: codes, scales, transforms, factors.
-        float_bytes: of everything that stays float32 (embedding, vision encoder, norms, output projection).
+        decoder_bytes: of the language blocks' quantized linears: codes, scales, transforms, factors.
+        extra_bytes: the same by "vision" and "lm_head", only what the recipe quantizes.
+        float_bytes: of everything that stays float32 (embedding, norms, what the recipe does not quantize).
         block_seconds: calibration of one block on this machine.
         blocks: number of blocks.
         tokens: tokens of the calibration samples.
@@ -42,6 +45,7 @@ class Estimate:
 
     effective_bits: float
     decoder_bytes: int
+    extra_bytes: dict[str, int]
     float_bytes: int
     block_seconds: float
     blocks: int
@@ -59,8 +63,9 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
         packed: flavour; the portable one stores 2- and 3-bit codes in 4 bits.
 
     Raises:
-        SplitQError: a width cannot be planned.
+        SplitQError: a width cannot be planned, or the recipe quantizes what the model does not have.
     """
+    check_extras(loaded, config)
     shapes = site_shapes(loaded)
     stored, size = 0, 0
     for shape in shapes:
@@ -70,9 +75,18 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
     weights = sum(shape.inputs * shape.outputs for shape in shapes)
     everything = sum(parameter.numel() for parameter in loaded.model.parameters())
     blocks = loaded.block_count
+    extra_bytes: dict[str, int] = {}
+    for name in wanted_extras(config):
+        extra_shapes = [_shape(loaded.model, site.linears) for site in extra_sites(loaded, name)]
+        extra_bytes[name] = sum(
+            _site_storage(shape, extra_config(config, name, shape.inputs), packed=packed)[1] for shape in extra_shapes
+        )
+        if name != "lm_head" or not _tied(loaded):  # a tied weight stays as embedding
+            everything -= sum(shape.inputs * shape.outputs for shape in extra_shapes)
     return Estimate(
         effective_bits=stored / weights,
         decoder_bytes=size * blocks,
+        extra_bytes=extra_bytes,
         float_bytes=4 * (everything - weights * blocks),
         block_seconds=_block_seconds(weights, config, tokens, samples),
         blocks=blocks,
@@ -80,17 +94,23 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
     )
 
 
+def _tied(loaded: LoadedModel) -> bool:
+    head = loaded.model.get_submodule(loaded.adapter.lm_head)
+    return bool(head.weight is loaded.model.get_input_embeddings().weight)
+
+
 def site_shapes(loaded: LoadedModel) -> list[SiteShape]:
     """Shapes of the sites of one block."""
     block = loaded.language_blocks()[0]
-    shapes = []
-    for site in loaded.adapter.language_block:
-        linears = [block.get_submodule(path) for path in site.linears]
-        widths = [linear.out_features for linear in linears if isinstance(linear, nn.Linear)]
-        first = linears[0]
-        assert isinstance(first, nn.Linear)
-        shapes.append(SiteShape(first.in_features, sum(widths)))
-    return shapes
+    return [_shape(block, site.linears) for site in loaded.adapter.language_block]
+
+
+def _shape(root: nn.Module, paths: Sequence[str]) -> SiteShape:
+    linears = [root.get_submodule(path) for path in paths]
+    widths = [linear.out_features for linear in linears if isinstance(linear, nn.Linear)]
+    first = linears[0]
+    assert isinstance(first, nn.Linear)
+    return SiteShape(first.in_features, sum(widths))
 
 
 def _site_storage(shape: SiteShape, config: QuantConfig, *, packed: bool) -> tuple[int, int]:

@@ -19,8 +19,8 @@ def expand_sites(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bool
     """Expand all placeholders in place.
 
     Args:
-        model: traced decoder.
-        sites: quantized sites by name.
+        model: traced graph.
+        sites: its quantized sites by name.
         packed: weights in kernel layout instead of int4 tensors.
 
     Returns:
@@ -70,8 +70,16 @@ def _expand(model: ir.Model, site: SplitLinear, parts: list[ir.Node], *, packed:
     model.graph.insert_before(parts[0], node)
     pieces = _split(model, site, node, parts) if len(parts) > 1 else [output]
     for part, piece in zip(parts, pieces, strict=True):
-        ir.convenience.replace_all_uses_with(part.outputs[0], piece)
+        _replace(part.outputs[0], piece)
     model.graph.remove(parts, safe=True)
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    """Put a value in place of another; an output of the graph keeps its name."""
+    name = old.name
+    if old.is_graph_output():
+        old.name, new.name = f"{name}.placeholder", name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def _split(model: ir.Model, site: SplitLinear, node: ir.Node, parts: list[ir.Node]) -> list[ir.Value]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +28,12 @@ class PaddedBatch:
         inputs: model inputs, left-padded; with "answer" [batch, sequence] bool, the tokens that the loss is about, and
             where the caller named the modality himself "modality" [batch, sequence] int8.
         samples: [batch] int64, number of each sample.
+        pixel_rows: rows of pixel_values that each sample has, in their order; 0 without an image.
     """
 
     inputs: dict[str, torch.Tensor]
     samples: torch.Tensor
+    pixel_rows: tuple[int, ...] = ()
 
 
 def padded_batches(
@@ -43,7 +45,11 @@ def padded_batches(
         encoded: model inputs of single conversations, the same in all processes.
         size: samples a batch, over all processes.
         pad_token_id: fills input_ids; attention_mask is 0 there.
+<<<<<<< HEAD
         processes: the group that shares the samples.
+=======
+        processes: who shares the samples.
+>>>>>>> c2457e7ce5b28ef80462010842daa1d8e4f98d92
 
     Returns:
         One entry a global batch; where this process has no sample of it, `samples` is empty and `inputs` too.
@@ -60,7 +66,8 @@ def padded_batches(
             width = max(encoded[index]["input_ids"].shape[1] for index in batch)
             own = batch[processes.rank :: processes.size]
             inputs = _pad([encoded[index] for index in own], width, pad_token_id) if own else {}
-            batches.append(PaddedBatch(inputs, torch.tensor(own, dtype=torch.long)))
+            pixel_rows = tuple(len(encoded[index].get("pixel_values", ())) for index in own)
+            batches.append(PaddedBatch(inputs, torch.tensor(own, dtype=torch.long), pixel_rows))
     return batches
 
 
@@ -188,8 +195,21 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def first_block_inputs(loaded: LoadedModel, batches: Sequence[PaddedBatch], store: ActivationStore) -> BlockInputs:
-    """Run the model up to its first language block and keep what the block is called with."""
+def first_block_inputs(
+    loaded: LoadedModel,
+    batches: Sequence[PaddedBatch],
+    store: ActivationStore,
+    *,
+    before: Callable[[PaddedBatch], None] | None = None,
+) -> BlockInputs:
+    """Run the model up to its first language block and keep what the block is called with.
+
+    Args:
+        loaded: inside `outside_blocks`.
+        batches: of this process.
+        store: where hidden states go.
+        before: called with each batch before it runs.
+    """
     caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
     inputs = BlockInputs(store, loaded.device)
 
@@ -204,6 +224,8 @@ def first_block_inputs(loaded: LoadedModel, batches: Sequence[PaddedBatch], stor
             if not batch.inputs:
                 inputs.add_missing()
                 continue
+            if before is not None:
+                before(batch)
             given = {name: value.to(loaded.device) for name, value in batch.inputs.items()}
             with suppress(_Reached):
                 loaded.model(**{k: v for k, v in given.items() if k not in NOT_MODEL_INPUTS}, use_cache=False)

@@ -17,7 +17,20 @@ from torch import nn
 
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.calibration.activations import ActivationStore
-from splitq_edge.calibration.block_inputs import BlockInputs, block_output, first_block_inputs, padded_batches
+from splitq_edge.calibration.block_inputs import (
+    BlockInputs,
+    PaddedBatch,
+    block_output,
+    first_block_inputs,
+    padded_batches,
+)
+from splitq_edge.calibration.extra_sites import (
+    check_extras,
+    head_stats,
+    observing_vision,
+    quantize_extra,
+    wanted_extras,
+)
 from splitq_edge.calibration.observer import Observer, SiteStats
 from splitq_edge.calibration.sensitivity import Sensitivity, collect_sensitivity
 from splitq_edge.calibration.state import BlockRecord, CalibrationState
@@ -63,7 +76,9 @@ class Calibration:
         return self.loaded.block_count * (self.config.learning.epochs + 1)
 
     def run(self, encoded: Sequence[dict[str, torch.Tensor]], *, finished: int, stop_after: int | None = None) -> None:
-        """Calibrate the blocks that are not finished yet.
+        """Calibrate the blocks, and the sites beside them that the recipe asks for, that are not finished yet.
+
+        The vision encoder's come before the first block, the output projection's after the last.
 
         Args:
             encoded: model inputs of the samples, see `encode_sample`; the same in all processes.
@@ -71,23 +86,28 @@ class Calibration:
             stop_after: stop when so many blocks are finished, None for all.
 
         Raises:
-            SplitQError: no samples, a weight that is not finite, a width that cannot be planned.
+            SplitQError: no samples, a weight that is not finite, a width that cannot be planned, a recipe that
+                quantizes what the model does not have.
         """
+        check_extras(self.loaded, self.config)
         if not encoded:
             raise SplitQError("calibration: expected at least one sample, got none; give calibration data")
         blocks = self.loaded.block_count if stop_after is None else min(stop_after, self.loaded.block_count)
-        if finished >= blocks:
+        waiting = self._waiting_extras(all_blocks=blocks == self.loaded.block_count)
+        if finished >= blocks and not waiting:
             return
         pad = self.loaded.tokenizer.pad_token_id
         size = self.config.learning.batch if self.config.learning.epochs else STATS_BATCH
         batches = padded_batches(encoded, size, 0 if pad is None else pad, self.processes)
-        with self.loaded.outside_blocks():
-            inputs = first_block_inputs(self.loaded, batches, self.store)
+        samples = len(encoded)
+        inputs = self._first_inputs(batches, samples, with_vision="vision" in waiting)
+        if finished >= blocks and "lm_head" not in waiting:
+            self.store.clear()
+            return
         if self.config.learning.propagate == "quantized":
             for number in inputs.own:
                 inputs.put("quantized", number, inputs.get("float", number))
         sensitivity = self._sensitivity(inputs)
-        samples = len(encoded)
         for index in range(blocks):
             block = self.loaded.block(index)
             if index < finished:
@@ -96,7 +116,31 @@ class Calibration:
                 self._calibrate(index, block, inputs, samples, sensitivity)
             del block
             inputs.rename("target", "float")
+        if "lm_head" in waiting:
+            with self.loaded.outside_blocks():
+                stats = head_stats(self.loaded, inputs, samples, self.processes)
+                self._calibrate_extra("lm_head", {stats.name: stats})
         self.store.clear()
+
+    def _waiting_extras(self, *, all_blocks: bool) -> list[str]:
+        """Sites beside the blocks that are still to do, the same in all processes."""
+        done = self.processes.gather(self.state.finished_extras())[0]
+        return [name for name in wanted_extras(self.config) if name not in done and (all_blocks or name != "lm_head")]
+
+    def _first_inputs(self, batches: Sequence[PaddedBatch], samples: int, *, with_vision: bool) -> BlockInputs:
+        """What the first block receives; on the way there the vision sites are observed and quantized."""
+        with self.loaded.outside_blocks():
+            if not with_vision:
+                return first_block_inputs(self.loaded, batches, self.store)
+            with observing_vision(self.loaded, samples) as observer:
+                inputs = first_block_inputs(self.loaded, batches, self.store, before=observer.begin)
+            self._calibrate_extra("vision", observer.stats(self.processes))
+        return inputs
+
+    def _calibrate_extra(self, extra: str, stats: dict[str, SiteStats]) -> None:
+        if self.processes.main:
+            self.state.save_extra(extra, quantize_extra(self.loaded, self.config, extra, stats))
+        self.processes.wait()
 
     def _sensitivity(self, inputs: BlockInputs) -> Sensitivity:
         if self.config.scale != "mbq" and not (self.config.learning.epochs and self.config.learning.balance == "mbq"):

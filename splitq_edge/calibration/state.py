@@ -1,4 +1,7 @@
-"""Calibration on disk: one file a finished block, so that an interrupted run goes on where it stopped."""
+"""Calibration on disk: one file a finished block, so that an interrupted run goes on where it stopped.
+
+Sites outside the language blocks ("vision", "lm_head") have a file for each of these names.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from splitq_edge.errors import ArtifactError, SplitQError
 from splitq_edge.modality import ModalityContext
 from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 HEADER_FILE = "calibration.json"
 CORRECTION_TENSORS = ("u", "u_scale", "v", "v_scale", "gate_cws", "gate_mac")
 
@@ -95,15 +98,27 @@ class CalibrationState:
             count += 1
         return count
 
+    def finished_extras(self) -> tuple[str, ...]:
+        """Names of the records that `save_extra` wrote."""
+        return tuple(sorted(path.stem.removeprefix("extra_") for path in self.folder.glob("extra_*.safetensors")))
+
     def save(self, index: int, record: BlockRecord) -> None:
         """Write a finished block; a reader never sees half of it."""
+        self._save(self._path(index), record)
+
+    def save_extra(self, name: str, record: BlockRecord) -> None:
+        """Write the sites of a part outside the language blocks, likewise."""
+        self._save(self._extra_path(name), record)
+
+    def _save(self, path: Path, record: BlockRecord) -> None:
         tensors: dict[str, torch.Tensor] = {}
         sites = {}
         for name, site in record.sites.items():
             sites[name], parts = _pack_site(site)
             tensors |= {f"{name}/{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
-        metadata = {"sites": json.dumps(sites), "report": json.dumps(record.report)}
-        write_bytes(self._path(index), save(tensors, metadata))
+        # One entry: safetensors writes several in any order, and equal runs should leave equal bytes.
+        metadata = {"record": json.dumps({"sites": sites, "report": record.report})}
+        write_bytes(path, save(tensors, metadata))
 
     def load(self, index: int, context: ModalityContext, device: torch.device | None = None) -> BlockRecord:
         """A finished block.
@@ -111,23 +126,37 @@ class CalibrationState:
         Raises:
             ArtifactError: the file is damaged.
         """
-        path = self._path(index)
+        return self._load(self._path(index), context, device)
+
+    def load_extra(self, name: str, context: ModalityContext) -> BlockRecord:
+        """What `save_extra` wrote.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        return self._load(self._extra_path(name), context)
+
+    def _load(self, path: Path, context: ModalityContext, device: torch.device | None = None) -> BlockRecord:
         try:
             with safe_open(path, "pt", device=str(device or "cpu")) as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            described = json.loads(metadata["sites"])
-            sites = {name: _unpack_site(name, values, tensors, context) for name, values in described.items()}
-            return BlockRecord(sites, json.loads(metadata["report"]))
+            described = json.loads(metadata["record"])
+            sites = {name: _unpack_site(name, values, tensors, context) for name, values in described["sites"].items()}
+            return BlockRecord(sites, described["report"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ArtifactError(f"{path}: expected a finished block ({error}); delete it and --resume") from error
+            raise ArtifactError(f"{path}: expected finished sites ({error}); delete it and --resume") from error
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:04d}.safetensors"
 
+    def _extra_path(self, name: str) -> Path:
+        return self.folder / f"extra_{name}.safetensors"
+
     def remove(self) -> None:
         """Delete what this class wrote; other files stay."""
-        for path in [*self.folder.glob("block_*.safetensors"), self.folder / HEADER_FILE]:
+        written = [path for kind in ("block", "extra") for path in self.folder.glob(f"{kind}_*.safetensors")]
+        for path in [*written, self.folder / HEADER_FILE]:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             os.rmdir(self.folder)

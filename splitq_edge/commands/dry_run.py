@@ -40,6 +40,7 @@ def print_estimate(options: ExportOptions, console: Console) -> None:
         "calibration, one block": f"about {_duration(found.block_seconds)} on this machine",
         "calibration, all blocks": f"about {_duration(found.block_seconds * found.blocks)}",
         "quantized linears": _megabytes(found.decoder_bytes),
+        **{f"{name}, {getattr(config, name)}": _megabytes(size) for name, size in found.extra_bytes.items()},
         "left in float32": _megabytes(found.float_bytes),
     }
     for name, value in rows.items():

@@ -25,6 +25,8 @@ def print_report(out: Path, console: Console) -> None:
         f"{report['effective_bits']:.2f} effective bits a weight"
     )
     console.print(_sqnr_table(report["blocks"]))
+    if report.get("extras"):
+        console.print(_extra_table(report["extras"]))
     console.print(_channel_table(report["blocks"]))
     console.print(_block_table(report["blocks"]))
 
@@ -46,6 +48,17 @@ def _sqnr_table(blocks: list[dict[str, Any]]) -> Table:
 
 def _pair(values: list[float | None]) -> str:
     return " / ".join("-" if value is None else f"{value:.1f}" for value in values)
+
+
+def _extra_table(extras: dict[str, Any]) -> Table:
+    title = "Sites beside the language blocks: SQNR in dB, text / vision rows"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for name in ("site", "rtn", "final"):
+        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
+    for extra in extras.values():
+        for name, site in extra["sites"].items():
+            table.add_row(name, *(_pair(site["sqnr_db"][stage]) for stage in ("rtn", "final")))
+    return table
 
 
 def _channel_table(blocks: list[dict[str, Any]]) -> Table:

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The quality report of an export, `quality.json`: what quantization cost every site and each component gave."""
+=======
+"""The quality report of an export, `quality.json`: what quantization cost and each part gave back, by site."""
+>>>>>>> c2457e7ce5b28ef80462010842daa1d8e4f98d92
 
 from __future__ import annotations
 
@@ -13,14 +17,17 @@ REPORT_SCHEMA = 1
 STAGES = ("rtn", "split", "transform", "cws", "mac", "final")
 
 
-def build_report(config: dict[str, Any], effective_bits: float, blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    """JSON content: recipe, effective bits, and the blocks' reports as calibration made them."""
+def build_report(
+    config: dict[str, Any], effective_bits: float, blocks: list[dict[str, Any]], extras: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """JSON content: recipe, effective bits, and the reports of blocks and extra sites as calibration made them."""
     return {
         "schema": REPORT_SCHEMA,
         "recipe": config,
         "effective_bits": round(effective_bits, 4),
         "stages": list(STAGES),
         "blocks": blocks,
+        "extras": extras,
     }
 
 

@@ -209,7 +209,7 @@ def test_manifest_says_what_was_exported(export: Export) -> None:
     assert manifest["scheme"] == export.scheme
     assert manifest["flavour"] == ("float" if export.quantized is None else export.flavour)
     assert manifest["image_tokens"] == IMAGE_TOKENS
-    assert manifest["cache"] == {"layers": 2, "heads": 3, "head_dim": 16, "dtype": "float32"}
+    assert manifest["cache"] == {"layers": 2, "heads": 3, "head_dim": 16, "dtype": "float32", "bits": 32}
     bits = 32.0 if export.quantized is None else effective_bits(export.quantized.sites)
     assert manifest["effective_bits"] == pytest.approx(bits, abs=1e-3)
     listed = set(manifest["files"]) | {"export.json"}
