@@ -85,7 +85,7 @@ def _answers(console: Console, model: str, folder: Path, *, native: bool) -> boo
     }
     if native:
         engines[f"ORT {SCHEME} native"] = OrtBackend(folder, native=True)
-    answers = {name: answer_all(backend, chosen) for name, backend in engines.items()}
+    answers = {name: [a.text for a in answer_all(backend, chosen)] for name, backend in engines.items()}
     table = Table(title="Three held-out questions", box=box.SIMPLE, title_justify="left")
     for name in ("image", "question", "right answer", *answers):
         table.add_column(name)

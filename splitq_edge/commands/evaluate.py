@@ -1,4 +1,4 @@
-"""`splitq-edge eval`: accuracy of a checkpoint or an exported folder on a task's held-out questions."""
+"""`splitq-edge eval`: accuracy and NLL of a checkpoint or an exported folder on a task's held-out questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from splitq_edge.artifacts import EXPORT_FILE, check_writable, write_json
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.backends import Backend, OrtBackend, TorchBackend, answer_all
-from splitq_edge.evaluate.tasks import Question, accuracy_table, load_task
+from splitq_edge.evaluate.tasks import Question, load_task, score
 
 RESULT_SCHEMA = 1
 
@@ -53,7 +53,7 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
         "backend": options.backend,
         "scheme": scheme,
         "effective_bits": bits,
-        "tasks": {options.task: accuracy_table(questions, answers)},
+        "tasks": {options.task: score(questions, answers)},
     }
     console.print(result_table(result))
     if options.json is not None:
@@ -91,15 +91,15 @@ def _open(options: EvalOptions) -> tuple[Backend, str, float]:
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """Accuracy with its standard error, in all and by question type."""
+    """Accuracy and NLL of the right answers with their standard errors, accuracy also by question type."""
     title = f"{result['model']}, {result['backend']}, {result['scheme']}, {result['effective_bits']:.2f} effective bits"
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    for name in ("task", "type", "n", "accuracy"):
-        table.add_column(name, justify="right" if name in ("n", "accuracy") else "left", min_width=12)
+    for name in ("task", "type", "n", "accuracy", "NLL a token"):
+        table.add_column(name, justify="left" if name in ("task", "type") else "right", min_width=8)
     for task, values in result["tasks"].items():
-        table.add_row(
-            task, "all", str(values["n"]), f"{100 * values['accuracy']:.2f} % +- {100 * values['stderr']:.2f}"
-        )
+        accuracy = f"{100 * values['accuracy']:.2f} % +- {100 * values['stderr']:.2f}"
+        nll = f"{values['nll']:.5f} +- {values['nll_stderr']:.5f}"
+        table.add_row(task, "all", str(values["n"]), accuracy, nll)
         for kind, part in values["types"].items():
-            table.add_row("", kind, str(part["n"]), f"{100 * part['accuracy']:.2f} %")
+            table.add_row("", kind, str(part["n"]), f"{100 * part['accuracy']:.2f} %", "")
     return table

@@ -1,97 +1,136 @@
-"""Answer many questions with a torch model or an exported folder, batch by batch, greedily."""
+"""Answer many questions with a torch model or an exported folder, greedily, and score the right answers.
+
+One pass with the right answer behind the prompt gives its likelihood. Where the most likely token is the answer's own
+at every position, greedy generation would say just that; only the other questions are generated.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from splitq_edge.evaluate.tasks import Question
+from splitq_edge.evaluate.likelihood import Forced, force
+from splitq_edge.evaluate.prompts import Prompts, left_padded, shared_prefix
+from splitq_edge.evaluate.tasks import Answer, Question
 
-BATCH = 32
+if TYPE_CHECKING:
+    from splitq_edge.runtime_ops.session import Cache
+
 MAX_NEW_TOKENS = 8
+BATCH = 32  # rows of one run of the language model
+CHUNK_QUESTIONS = 128
+CHUNK_IMAGES = 16
 
 
 class Backend(Protocol):
     """Something that answers questions."""
 
-    def encode_image(self, image: Path) -> Any:
-        """Image rows of one picture, to be reused by all its questions."""
-
-    def answer(self, texts: Sequence[str], images: Sequence[Path], features: Sequence[Any]) -> list[str]:
-        """Greedy answers of a batch, one image a question."""
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Greedy answers of a chunk of questions, in their order."""
 
 
 def answer_all(
     backend: Backend, questions: Sequence[Question], *, progress: Callable[[int], None] | None = None
-) -> list[str]:
-    """Greedy answers in the order of the questions; every image is encoded once.
+) -> list[Answer]:
+    """Greedy answers in the order of the questions.
 
     Args:
         backend: who answers.
-        questions: what is asked.
-        progress: called with the number of questions answered by each batch.
+        questions: what is asked; questions of one image that follow each other share the work on it.
+        progress: called with the number of questions answered by each chunk.
     """
-    answers: list[str] = []
-    cache: dict[Path, Any] = {}
-    for batch in _batches(questions):
-        for question in batch:
-            if question.image not in cache:
-                cache[question.image] = backend.encode_image(question.image)
-        features = [cache[question.image] for question in batch]
-        answers += backend.answer([q.text for q in batch], [q.image for q in batch], features)
+    answers: list[Answer] = []
+    for chunk in chunks(questions):
+        answers += backend.answer(chunk)
         if progress is not None:
-            progress(len(batch))
+            progress(len(chunk))
     return answers
 
 
-def _batches(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
-    for start in range(0, len(questions), BATCH):
-        yield questions[start : start + BATCH]
+def chunks(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """Consecutive questions, few enough to hold all their images; an image is not divided unless it must be."""
+    chunk: list[Question] = []
+    images = 0
+    for _, group in groupby(questions, key=lambda question: question.image):
+        waiting = list(group)
+        if chunk and (len(chunk) + len(waiting) > CHUNK_QUESTIONS or images == CHUNK_IMAGES):
+            yield chunk
+            chunk, images = [], 0
+        while len(waiting) > CHUNK_QUESTIONS:
+            yield waiting[:CHUNK_QUESTIONS]
+            waiting = waiting[CHUNK_QUESTIONS:]
+        chunk, images = chunk + waiting, images + 1
+    if chunk:
+        yield chunk
 
 
-class _Prompts:
-    """Turns questions into padded token ids with the model's own processor; an image's size is read once."""
+@dataclass(frozen=True)
+class _Asked:
+    """A question as token ids; `image` counts the images of its chunk."""
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self._ids: dict[str, list[int]] = {}
+    image: int
+    prompt: list[int]
+    answer: list[int]
 
-    def batch(self, texts: Sequence[str], pictures: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Left-padded input_ids and attention_mask [batch, sequence] int64."""
-        rows = [self._tokens(text, picture) for text, picture in zip(texts, pictures, strict=True)]
-        width = max(len(row) for row in rows)
-        pad = self.processor.tokenizer.pad_token_id
-        ids = np.full((len(rows), width), pad, np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        for index, row in enumerate(rows):
-            ids[index, width - len(row) :] = row
-            mask[index, width - len(row) :] = 1
-        return ids, mask
+    def forced(self, start: int) -> list[int]:
+        """What the model reads from position `start` on to predict the whole answer."""
+        return self.prompt[start:] + self.answer[:-1]
 
-    def _tokens(self, text: str, picture: Any) -> list[int]:
-        key = f"{picture.size} {text}"
-        if key not in self._ids:
-            encoded = self.processor.apply_chat_template(
-                chat(text, picture),
-                tokenize=True,
-                return_dict=True,
-                return_tensors="np",
-                add_generation_prompt=True,
+
+class _Chunk:
+    """Pictures and token ids of a chunk; each picture is opened and resized once."""
+
+    def __init__(self, questions: Sequence[Question], prompts: Prompts) -> None:
+        from splitq_edge.runtime_ops.generate import open_image
+
+        pictures = {path: open_image(path) for path in dict.fromkeys(question.image for question in questions)}
+        self._pictures = list(pictures.values())
+        self._processor = prompts.processor
+        number = {path: index for index, path in enumerate(pictures)}
+        self.asked = [
+            _Asked(
+                number[question.image],
+                prompts.prompt(question.text, pictures[question.image]),
+                prompts.answer(question.text, question.answer),
             )
-            self._ids[key] = [int(token) for token in encoded["input_ids"][0]]
-        return self._ids[key]
+            for question in questions
+        ]
+
+    def pixels(self) -> np.ndarray:
+        """[images, 3, height, width] float32."""
+        return np.asarray(self._processor.image_processor(images=self._pictures, return_tensors="np")["pixel_values"])
+
+    def batches(self) -> Iterator[list[int]]:
+        """Numbers of questions of about the same length, so that little is padding."""
+        order = sorted(range(len(self.asked)), key=lambda index: len(self.asked[index].forced(0)))
+        for start in range(0, len(order), BATCH):
+            yield order[start : start + BATCH]
 
 
-def chat(text: str, picture: Any) -> list[dict[str, Any]]:
-    """One user turn: the picture, then the question."""
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+def _ends(tokens: Sequence[int], end_tokens: Sequence[int]) -> bool:
+    """Whether greedy generation stops behind these tokens."""
+    return len(tokens) >= MAX_NEW_TOKENS or tokens[-1] in end_tokens
+
+
+def _begun(asked: _Asked, forced: Forced) -> list[int]:
+    """The greedy answer as far as a teacher-forced pass knows it: at least one token."""
+    return [*asked.answer[: forced.same], *forced.greedy[forced.same : forced.same + 1]][:MAX_NEW_TOKENS]
+
+
+def _answers(processor: Any, rows: list[_Asked], forced: list[Forced], tokens: list[list[int]]) -> list[Answer]:
+    texts = [str(processor.decode(row, skip_special_tokens=True)).strip() for row in tokens]
+    return [Answer(text, said.nll, len(asked.answer)) for text, said, asked in zip(texts, forced, rows, strict=True)]
 
 
 class OrtBackend:
     """An exported folder in ONNX Runtime.
+
+    The part of the prompts up to the image's last token runs once an image and its cache serves all the questions.
 
     Args:
         folder: the export.
@@ -100,31 +139,64 @@ class OrtBackend:
     """
 
     def __init__(self, folder: Path, *, native: bool, threads: int = 0) -> None:
-        from splitq_edge.runtime_ops.generate import load_processor, open_image
+        from splitq_edge.runtime_ops.generate import load_processor
         from splitq_edge.runtime_ops.session import ExportedModel
 
         self.model = ExportedModel(folder, native=native, threads=threads)
         self.processor = load_processor(folder)
-        self._open = open_image
-        self._prompts = _Prompts(self.processor)
+        self._ends: list[int] = self.model.manifest["eos_token_ids"]
+        self._image_token: int = self.model.manifest["image_token_id"]
+        self._prompts = Prompts(self.processor, self._ends)
 
-    def encode_image(self, image: Path) -> np.ndarray:
-        """[1, image_tokens, hidden] float32."""
-        pixels = self.processor.image_processor(images=[self._open(image)], return_tensors="np")["pixel_values"]
-        return self.model.encode_images(np.asarray(pixels))
-
-    def answer(self, texts: Sequence[str], images: Sequence[Path], features: Sequence[np.ndarray]) -> list[str]:
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """See `Backend.answer`."""
+        chunk = _Chunk(questions, self._prompts)
+        features = self.model.encode_images(chunk.pixels())
+        start = shared_prefix([asked.prompt for asked in chunk.asked], self._image_token)
+        prefix = self._prefill(chunk.asked[0].prompt[:start], features) if start else None
+        answers: dict[int, Answer] = {}
+        for batch in chunk.batches():
+            rows = [chunk.asked[index] for index in batch]
+            images = np.array([asked.image for asked in rows])
+            cache = self.model.empty_cache(len(rows)) if prefix is None else prefix.take(images)
+            answers.update(zip(batch, self._batch(rows, features[images], cache), strict=True))
+        return [answers[index] for index in range(len(questions))]
+
+    def _prefill(self, prefix: list[int], features: np.ndarray) -> Cache:
+        """The cache behind the prompts' common prefix, one row an image."""
+        ids = np.tile(np.array(prefix, np.int64), (len(features), 1))
+        embeds, modality = self.model.embed(ids, features)
+        return self.model.decode(embeds, modality, np.ones_like(ids), self.model.empty_cache(len(ids)))[1]
+
+    def _batch(self, rows: list[_Asked], features: np.ndarray, cache: Cache) -> list[Answer]:
+        """Answers of rows whose first tokens are in the cache; an empty cache takes the image features."""
+        start = cache.length
+        ids, mask = left_padded([asked.forced(start) for asked in rows], self.model.manifest["pad_token_id"])
+        mask = np.concatenate([np.ones((len(rows), start), np.int64), mask], -1)
+        embeds, modality = self.model.embed(ids, features[:0] if start else features)
+        logits, cache = self.model.decode(embeds, modality, mask, cache)
+        forced = force(logits, [asked.answer for asked in rows], self._image_token)
+        tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
+        open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
+        if open_rows:
+            for index in open_rows:  # the right answer's tokens behind the point where the model leaves it
+                behind = len(rows[index].answer) - 1 - forced[index].same
+                mask[index, mask.shape[1] - behind :] = 0
+            self._generate([tokens[index] for index in open_rows], mask[open_rows], cache.take(np.array(open_rows)))
+        return _answers(self.processor, rows, forced, tokens)
+
+    def _generate(self, begun: list[list[int]], mask: np.ndarray, cache: Cache) -> None:
+        """Append the greedy tokens; the last token of each row is not in the cache yet."""
         from splitq_edge.runtime_ops.generate import greedy_tokens
 
-        ids, mask = self._prompts.batch(texts, [self._open(image) for image in images])
-        rows = np.concatenate(list(features))
-        steps = greedy_tokens(self.model, ids, mask, rows, max_new_tokens=MAX_NEW_TOKENS)
-        tokens = np.stack(list(steps), axis=1)
-        return [self._text(row) for row in tokens]
-
-    def _text(self, tokens: np.ndarray) -> str:
-        return str(self.processor.decode(tokens.tolist(), skip_special_tokens=True)).strip()
+        last = np.array([[row[-1]] for row in begun], np.int64)
+        mask = np.concatenate([mask, np.ones_like(last)], -1)
+        wanted = MAX_NEW_TOKENS - min(len(row) for row in begun)
+        no_images = self.model.encode_images(None)
+        for step in greedy_tokens(self.model, last, mask, no_images, max_new_tokens=wanted, cache=cache):
+            for row, token in zip(begun, step, strict=True):
+                if not _ends(row, self._ends):
+                    row.append(int(token))
 
 
 class TorchBackend:
@@ -136,30 +208,65 @@ class TorchBackend:
 
     def __init__(self, source: str) -> None:
         from splitq_edge.loading import load_model
-        from splitq_edge.runtime_ops.generate import open_image
 
         self.loaded = load_model(source)
         self.processor = self.loaded.processor
-        self._open = open_image
-        self._prompts = _Prompts(self.processor)
+        end = self.loaded.model.generation_config.eos_token_id
+        end = self.processor.tokenizer.eos_token_id if end is None else end
+        self._ends = [int(token) for token in (end if isinstance(end, list) else [end]) if token is not None]
+        self._prompts = Prompts(self.processor, self._ends)
 
-    def encode_image(self, image: Path) -> np.ndarray:
-        """[1, 3, height, width] float32: the model encodes it again with every question, as transformers does."""
-        pixels = self.processor.image_processor(images=[self._open(image)], return_tensors="np")["pixel_values"]
-        return np.asarray(pixels)
-
-    def answer(self, texts: Sequence[str], images: Sequence[Path], features: Sequence[np.ndarray]) -> list[str]:
-        """See `Backend.answer`."""
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """See `Backend.answer`; the model encodes an image again with every question, as transformers does."""
         import torch
 
-        ids, mask = self._prompts.batch(texts, [self._open(image) for image in images])
+        chunk = _Chunk(questions, self._prompts)
+        pixels = chunk.pixels()
+        answers: dict[int, Answer] = {}
         with torch.inference_mode(), self.loaded.modality_from_inputs():
-            tokens = self.loaded.model.generate(
-                input_ids=torch.from_numpy(ids),
-                attention_mask=torch.from_numpy(mask),
-                pixel_values=torch.from_numpy(np.concatenate(list(features))),
-                max_new_tokens=MAX_NEW_TOKENS,
-                do_sample=False,
-            )
-        new = tokens[:, ids.shape[1] :]
-        return [str(self.processor.decode(row.tolist(), skip_special_tokens=True)).strip() for row in new]
+            for batch in chunk.batches():
+                rows = [chunk.asked[index] for index in batch]
+                images = torch.from_numpy(pixels[[asked.image for asked in rows]])
+                answers.update(zip(batch, self._batch(rows, images), strict=True))
+        return [answers[index] for index in range(len(questions))]
+
+    def _batch(self, rows: list[_Asked], pixels: Any) -> list[Answer]:
+        logits = self._logits([asked.forced(0) for asked in rows], pixels)
+        forced = force(logits, [asked.answer for asked in rows], self.loaded.image_token_id)
+        tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
+        open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
+        if open_rows:
+            generated = self._generate([rows[index].prompt for index in open_rows], pixels[open_rows])
+            for index, row in zip(open_rows, generated, strict=True):
+                tokens[index] = row
+        return _answers(self.processor, rows, forced, tokens)
+
+    def _logits(self, rows: list[list[int]], pixels: Any) -> np.ndarray:
+        """[rows, sequence, vocabulary] float32 of the left-padded rows."""
+        import torch
+
+        ids, mask = (torch.from_numpy(array) for array in left_padded(rows, self._pad))
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        output = self.loaded.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=pixels, use_cache=False
+        )
+        return np.asarray(output.logits.numpy())
+
+    def _generate(self, prompts: list[list[int]], pixels: Any) -> list[list[int]]:
+        import torch
+
+        ids, mask = (torch.from_numpy(array) for array in left_padded(prompts, self._pad))
+        tokens = self.loaded.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=pixels,
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            suppress_tokens=[self.loaded.image_token_id],
+        )
+        return [[int(token) for token in row] for row in tokens[:, ids.shape[1] :]]
+
+    @property
+    def _pad(self) -> int:
+        pad = self.processor.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)

@@ -1,4 +1,4 @@
-"""Question-answering tasks: what is asked, what counts as right, and how accuracy is reported."""
+"""Question-answering tasks: what is asked, what counts as right, and how accuracy and likelihood are reported."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ class Question:
     type: str
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to a question, and how likely it holds the right answer.
+
+    Attributes:
+        text: the greedy answer.
+        nll: negative log-likelihood of the right answer, summed over its tokens, in nats.
+        tokens: number of those tokens, end token included.
+    """
+
+    text: str
+    nll: float
+    tokens: int
+
+
 def load_task(name: str, split: str) -> list[Question]:
     """Questions of a built-in task in their fixed order.
 
@@ -44,20 +59,48 @@ def load_task(name: str, split: str) -> list[Question]:
     return TASKS[name](split)
 
 
-def accuracy_table(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, object]:
-    """Exact-match accuracy, its standard error sqrt(p (1 - p) / n), and the same by question type."""
+def score(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, object]:
+    """Accuracy and likelihood of a task.
+
+    Returns:
+        n; accuracy, the share of exact matches, and stderr, its standard error sqrt(p (1 - p) / n); nll, the mean over
+        the tokens of all right answers in nats, and nll_stderr, its standard error over questions; types, with n and
+        accuracy of every question type.
+    """
     if len(questions) != len(answers):
         raise ValueError(f"expected one answer a question, got {len(answers)} for {len(questions)}")
     if not questions:
         raise SplitQError("evaluation: expected at least one question, got none; raise --limit")
-    right = [answer.strip().lower() == question.answer for question, answer in zip(questions, answers, strict=True)]
+    right = [
+        answer.text.strip().lower() == question.answer for question, answer in zip(questions, answers, strict=True)
+    ]
     types: dict[str, dict[str, float]] = {}
     for name in sorted({question.type for question in questions}):
         marks = [mark for mark, question in zip(right, questions, strict=True) if question.type == name]
         types[name] = {"n": len(marks), "accuracy": sum(marks) / len(marks)}
     share = sum(right) / len(right)
     stderr = math.sqrt(share * (1 - share) / len(right))
-    return {"n": len(right), "accuracy": share, "stderr": stderr, "types": types}
+    nll, nll_stderr = _mean_nll(answers)
+    return {
+        "n": len(right),
+        "accuracy": share,
+        "stderr": stderr,
+        "nll": nll,
+        "nll_stderr": nll_stderr,
+        "types": types,
+    }
+
+
+def _mean_nll(answers: Sequence[Answer]) -> tuple[float, float]:
+    """Sum over tokens divided by tokens, and its standard error as a ratio of two sums over questions."""
+    count = len(answers)
+    tokens = sum(answer.tokens for answer in answers)
+    mean = math.fsum(answer.nll for answer in answers) / tokens
+    if count == 1:
+        return mean, 0.0
+    # A question's tokens are not independent: the variance is that of the questions' deviations (linearized ratio).
+    squares = math.fsum((answer.nll - mean * answer.tokens) ** 2 for answer in answers)
+    return mean, math.sqrt(squares * count / (count - 1)) / tokens
 
 
 def _easyvqa(split: str) -> list[Question]:
