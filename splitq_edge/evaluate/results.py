@@ -1,0 +1,164 @@
+"""A results file: one row for every method, scheme, backend and task that was measured, and how the rows are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from splitq_edge.artifacts import check_writable, write_json
+from splitq_edge.errors import ArtifactError, SplitQError
+
+RESULTS_SCHEMA = 1
+Key = tuple[str, str, str, str]
+COLUMNS = ("scheme", "method", "n", "accuracy %", "NLL", "bits", "calib. s")
+LEFT = ("scheme", "method")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, rounded as it is stored.
+
+    Attributes:
+        method: quantization method, "fp32" for the float model.
+        scheme: label such as "W4A8", "none" for the float model.
+        backend: what ran the model, for example "ort-native".
+        task: name of the task.
+        n: questions asked.
+        accuracy: share of exact matches.
+        stderr: its standard error.
+        nll: mean negative log-likelihood of a token of the right answers, in nats.
+        effective_bits: stored bits a weight of the quantized linears.
+        calibration_s: wall time of calibration in seconds.
+    """
+
+    method: str
+    scheme: str
+    backend: str
+    task: str
+    n: int
+    accuracy: float
+    stderr: float
+    nll: float
+    effective_bits: float
+    calibration_s: float
+
+    def __post_init__(self) -> None:
+        for name, rounded in (
+            ("accuracy", round(float(self.accuracy), 6)),
+            ("stderr", round(float(self.stderr), 6)),
+            ("nll", float(f"{self.nll:.6g}")),
+            ("effective_bits", round(float(self.effective_bits), 4)),
+            ("calibration_s", round(float(self.calibration_s), 1)),
+        ):
+            object.__setattr__(self, name, rounded)
+
+    @property
+    def key(self) -> Key:
+        """What a results file holds once."""
+        return self.method, self.scheme, self.backend, self.task
+
+
+class Results:
+    """The rows of one model, in a file that is whole after every row.
+
+    Args:
+        path: the JSON file; it is made with the first row.
+        model: name of the model.
+
+    Raises:
+        SplitQError: the place cannot be written, or the file holds another model's rows.
+        ArtifactError: the file is no results file, or one of a newer schema.
+    """
+
+    def __init__(self, path: Path, model: str) -> None:
+        check_writable(path)
+        self.path = path
+        self.model = model
+        self._rows = {row.key: row for row in _read(path, model)} if path.exists() else {}
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in the order in which they came."""
+        return list(self._rows.values())
+
+    def get(self, key: Key) -> Row | None:
+        """The row of this key, if it was measured."""
+        return self._rows.get(key)
+
+    def put(self, row: Row) -> None:
+        """Add a row, or replace the one of the same key, and write the file.
+
+        Raises:
+            SplitQError: the place cannot be written.
+        """
+        self._rows[row.key] = row
+        rows = [dataclasses.asdict(row) for row in self._rows.values()]
+        write_json(self.path, {"schema": RESULTS_SCHEMA, "model": self.model, "rows": rows})
+
+
+def _read(path: Path, model: str) -> list[Row]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema, found = content["schema"], content["model"]
+        if not isinstance(schema, int) or schema > RESULTS_SCHEMA:
+            raise ArtifactError(
+                f"results {path}: expected schema {RESULTS_SCHEMA} or older, got {schema!r}; upgrade splitq-edge"
+            )
+        rows = [Row(**values) for values in content["rows"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"results {path}: expected a results file ({error!r}); choose another file") from error
+    if found != model:
+        raise SplitQError(f"results {path}: expected rows of model {model}, got {found!r}; choose another file")
+    return rows
+
+
+def render(results: Results) -> Group:
+    """Tables for a terminal, one for each task and backend."""
+    return Group(*(_table(title, rows) for title, rows in _groups(results)))
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def render_markdown(results: Results) -> str:
+    """The same in Markdown."""
+    lines: list[str] = []
+    for title, rows in _groups(results):
+        rule = ["---" if name in LEFT else "---:" for name in COLUMNS]
+        lines += ["", title, ""] if lines else [title, ""]
+        lines += [f"| {' | '.join(cells)} |" for cells in (COLUMNS, rule, *map(_cells, rows))]
+    return "\n".join(lines) + "\n"
+
+
+def _groups(results: Results) -> Iterator[tuple[str, list[Row]]]:
+    """Rows of each task and backend; rows of one scheme stand together."""
+    schemes = list(dict.fromkeys(row.scheme for row in results.rows))
+    for task, backend in dict.fromkeys((row.task, row.backend) for row in results.rows):
+        rows = [row for row in results.rows if (row.task, row.backend) == (task, backend)]
+        yield f"{results.model}, {task}, {backend}", sorted(rows, key=lambda row: schemes.index(row.scheme))
+
+
+def _cells(row: Row) -> list[Any]:
+    return [
+        row.scheme,
+        row.method,
+        str(row.n),
+        f"{100 * row.accuracy:.2f} ± {100 * row.stderr:.2f}",
+        f"{row.nll:.4g}",
+        f"{row.effective_bits:.2f}",
+        f"{row.calibration_s:.0f}",
+    ]
