@@ -6,11 +6,18 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 SOURCES := $(shell find runtime_ops cmake -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.cmake') CMakeLists.txt
 PY := splitq_edge exporters runtime_ops tests models
+TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 
-.PHONY: demo test test-fast test-wheel lint format docs-screenshot clean
+.PHONY: demo table-easyvqa $(TABLES) test test-fast test-wheel lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
+
+# One row for every method and scheme; rows that results.json holds already are kept, so an interrupted table goes on.
+table-easyvqa: $(TABLES)
+
+$(TABLES): table-of-%: $(STAMP)
+	$(BIN)/splitq-edge table models/$* --task easyvqa --results models/$*/results.json --work build/table
 
 test: $(DEV_STAMP)
 	SPLITQ_EXPECT_NATIVE=1 $(BIN)/python -m pytest -q

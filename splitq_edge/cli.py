@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from splitq_edge import __version__
 from splitq_edge.config import PRESETS
 from splitq_edge.errors import SplitQError
 
+ROWS_MISSING = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 EXTRAS = {
@@ -194,11 +195,63 @@ def run(
 @click.option("--json", "json", type=PATH, help="Write the result to this file.")
 @_reports_errors
 def evaluate(**options: Any) -> None:
-    """Accuracy of MODEL (checkpoint with --backend torch, else an exported folder) on held-out questions."""
+    """Accuracy and NLL of MODEL (checkpoint with --backend torch, else an exported folder) on held-out questions."""
     from splitq_edge.commands.console import make_console
     from splitq_edge.commands.evaluate import EvalOptions, run_eval
 
     run_eval(EvalOptions(**options), make_console())
+
+
+def _names(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
+    """Reads an option such as `rtn,gptq`, each name one of `known`."""
+
+    def read(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        for name in names:
+            if name not in known:
+                raise click.BadParameter(f"expected names out of {', '.join(known)}, got '{name}'.")
+        return names
+
+    return read
+
+
+@main.command()
+@click.argument("model")
+@click.option("--task", default="easyvqa", show_default=True, help="Built-in task, also the calibration data.")
+@click.option(
+    "--methods",
+    default=",".join(METHOD_NAMES),
+    show_default=True,
+    callback=_names(METHOD_NAMES),
+    metavar="NAMES",
+    help="Methods, with commas between.",
+)
+@click.option(
+    "--schemes",
+    default=",".join(PRESETS),
+    show_default=True,
+    callback=_names(tuple(PRESETS)),
+    metavar="NAMES",
+    help="Schemes, with commas between.",
+)
+@click.option("--results", type=PATH, required=True, help="JSON file of the rows; those in it are kept.")
+@click.option("--redo", is_flag=True, help="Measure the rows of the file again.")
+@click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all.")
+@click.option("--calib-samples", default=128, show_default=True, help="Samples to calibrate with.")
+@click.option("--seed", default=0, show_default=True, help="Seed of samples and draw.")
+@click.option("--work", type=PATH, default=Path("build/table"), show_default=True, help="Folder for the exports.")
+@click.option("--keep", is_flag=True, help="Keep the exports in the work folder.")
+@click.option("--markdown", is_flag=True, help="Print the table in Markdown.")
+@_reports_errors
+def table(**options: Any) -> None:
+    """Measure MODEL (folder or hub id) in float32 and with every method at every scheme, in the native kernels."""
+    from splitq_edge.commands.console import make_console
+    from splitq_edge.commands.table import TableOptions, run_table
+
+    failed = run_table(TableOptions(**options), make_console())
+    if failed:
+        click.echo(f"error: {failed} rows could not be measured (above); the next run tries them again", err=True)
+        sys.exit(ROWS_MISSING)
 
 
 @main.command()

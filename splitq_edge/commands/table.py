@@ -1,0 +1,151 @@
+"""`splitq-edge table`: export a model with several methods and schemes, measure each on a task's held-out questions."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from splitq_edge.artifacts import check_target
+from splitq_edge.commands.evaluate import EvalOptions, pick, run_eval
+from splitq_edge.commands.export import ExportOptions, run_export
+from splitq_edge.errors import SplitQError
+from splitq_edge.evaluate.results import Results, Row, render, render_markdown
+from splitq_edge.evaluate.tasks import load_task
+from splitq_edge.runtime_ops.session import require_native
+
+logger = logging.getLogger(__name__)
+
+FLOAT = ("fp32", "none")  # method and scheme of the first row
+BACKEND = "ort-native"
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Options of the command, as typed."""
+
+    model: str
+    results: Path
+    task: str
+    methods: tuple[str, ...]
+    schemes: tuple[str, ...]
+    work: Path
+    limit: int | None = None
+    calib_samples: int = 128
+    seed: int = 0
+    redo: bool = False
+    keep: bool = False
+    markdown: bool = False
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Method and scheme of every row."""
+        yield FLOAT
+        yield from ((method, scheme) for scheme in self.schemes for method in self.methods)
+
+
+def run_table(options: TableOptions, console: Console) -> int:
+    """Measure the rows that the results file lacks and print them all; returns how many could not be measured.
+
+    A row of the file is measured again with `redo`, or if it was taken with another number of questions.
+
+    Raises:
+        SplitQError: nothing can be measured: no native library, an unusable results file, task or limit.
+    """
+    require_native()
+    results = Results(options.results, Path(options.model).resolve().name)
+    wanted = len(pick(load_task(options.task, "test"), options.limit, options.seed))
+    _make_folder(options.work)
+    failed = 0
+    for method, scheme in options.pairs():
+        label = f"{method} {scheme}"
+        row = results.get((method, scheme, BACKEND, options.task))
+        if row is not None and row.n == wanted and not options.redo:
+            console.print(f"{label}: kept", highlight=False)
+            continue
+        if row is not None and row.n != wanted:
+            console.print(f"{label}: measured with {row.n} questions, now with {wanted}", highlight=False)
+        start = time.monotonic()
+        try:
+            row = _measure(options, method, scheme)
+        except Exception as error:  # one method's failure, of whatever kind, must not cost the other rows
+            failed += 1
+            logger.debug("%s", label, exc_info=True)
+            line = f"error: {label}: {_reason(error)}"
+            console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+            continue
+        results.put(row)
+        console.print(
+            f"{label}: accuracy {100 * row.accuracy:.2f} %, NLL {row.nll:.4g}, {time.monotonic() - start:.0f} s",
+            highlight=False,
+        )
+    if options.markdown:
+        console.out(render_markdown(results), end="", highlight=False)
+    else:
+        console.print(render(results))
+    return failed
+
+
+def _measure(options: TableOptions, method: str, scheme: str) -> Row:
+    """Export in a folder of its own, evaluate, and delete the folder whatever happens."""
+    name = f"{Path(options.model).resolve().name}-{method}-{scheme}"
+    if options.keep:
+        check_target(options.work / name, force=True)
+    folder = options.work / f".{name}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a table that was killed
+    try:
+        folder.mkdir()
+        row = _export_and_evaluate(options, method, scheme, folder / name)
+        if options.keep:
+            shutil.rmtree(options.work / name, ignore_errors=True)
+            (folder / name).rename(options.work / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return row
+
+
+def _export_and_evaluate(options: TableOptions, method: str, scheme: str, out: Path) -> Row:
+    quiet = Console(quiet=True)
+    export = ExportOptions(
+        model=options.model,
+        out=out,
+        scheme=scheme,
+        method="splitq" if (method, scheme) == FLOAT else method,  # in float32 no method is applied
+        calib=options.task,
+        calib_samples=options.calib_samples,
+        seed=options.seed,
+    )
+    calibration_s = run_export(export, quiet)["calibration_s"]
+    asked = EvalOptions(str(out), options.task, "ort", limit=options.limit, seed=options.seed, threads=0, json=None)
+    result = run_eval(asked, quiet)
+    values = result["tasks"][options.task]
+    return Row(
+        method=method,
+        scheme=scheme,
+        backend=BACKEND,
+        task=options.task,
+        n=values["n"],
+        accuracy=values["accuracy"],
+        stderr=values["stderr"],
+        nll=values["nll"],
+        effective_bits=result["effective_bits"],
+        calibration_s=calibration_s,
+    )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SplitQError(
+            f"work folder {folder}: expected a writable place ({error.strerror}); choose another"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, SplitQError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,266 @@
+"""`splitq-edge table` with faked exports and evaluations: which rows are measured, kept, and lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from splitq_edge.artifacts import EXPORT_FILE, write_json
+from splitq_edge.cli import main
+from splitq_edge.commands import table
+from splitq_edge.errors import SplitQError
+from splitq_edge.evaluate.tasks import Question
+
+Pair = tuple[str, str]
+QUESTIONS = 20
+
+
+class Fakes:
+    """Stand-ins for export and evaluation; `fail` maps method and scheme to what the export raises."""
+
+    def __init__(self) -> None:
+        self.exported: list[Pair] = []
+        self.options: list[Any] = []
+        self.folders: list[Path] = []
+        self.fail: dict[Pair, BaseException] = {}
+        self.eval_error: Exception | None = None
+
+    def run_export(self, options: Any, _console: Console) -> dict[str, Any]:
+        self.options.append(options)
+        self.exported.append((options.method, options.scheme))
+        self.folders.append(options.out)
+        options.out.mkdir()
+        (options.out.parent / f"{options.out.name}.calibration").mkdir()
+        if (options.method, options.scheme) in self.fail:
+            raise self.fail[options.method, options.scheme]
+        write_json(options.out / EXPORT_FILE, {"scheme": options.scheme})
+        return {"calibration_s": 0.0 if options.scheme == "none" else 12.34}
+
+    def run_eval(self, options: Any, _console: Console) -> dict[str, Any]:
+        if self.eval_error is not None:
+            raise self.eval_error
+        assert (Path(options.model) / EXPORT_FILE).is_file()
+        assert options.backend == "ort"
+        values = {"n": options.limit or QUESTIONS, "accuracy": 0.75, "stderr": 0.01, "nll": 0.5, "nll_stderr": 0.1}
+        return {"effective_bits": 4.1, "tasks": {options.task: values}}
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    fakes = Fakes()
+    monkeypatch.setattr(table, "run_export", fakes.run_export)
+    monkeypatch.setattr(table, "run_eval", fakes.run_eval)
+    monkeypatch.setattr(table, "require_native", lambda: None)
+    questions = [Question(Path("0.png"), "what?", "red", "color")] * QUESTIONS
+    monkeypatch.setattr(table, "load_task", lambda _task, _split: questions)
+    return fakes
+
+
+@pytest.fixture
+def run(tmp_path: Path, fakes: Fakes) -> Callable[..., Result]:
+    """Runs the command for two methods and two schemes."""
+
+    def invoke(*more: str) -> Result:
+        arguments = ["table", "models/tiny", "--results", str(tmp_path / "results.json")]
+        arguments += ["--methods", "rtn,splitq", "--schemes", "W4A8,W3A3", "--work", str(tmp_path / "work"), *more]
+        return CliRunner().invoke(main, arguments)
+
+    assert fakes.exported == []
+    return invoke
+
+
+def rows(tmp_path: Path) -> list[dict[str, Any]]:
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["model"] == "tiny"
+    return list(content["rows"])
+
+
+ALL = [("fp32", "none"), ("rtn", "W4A8"), ("splitq", "W4A8"), ("rtn", "W3A3"), ("splitq", "W3A3")]
+
+
+def test_every_method_is_measured_at_every_scheme_after_the_float_model(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    result = run("--calib-samples", "7", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert [(row["method"], row["scheme"]) for row in rows(tmp_path)] == ALL
+    assert rows(tmp_path)[1] == {
+        "method": "rtn",
+        "scheme": "W4A8",
+        "backend": "ort-native",
+        "task": "easyvqa",
+        "n": QUESTIONS,
+        "accuracy": 0.75,
+        "stderr": 0.01,
+        "nll": 0.5,
+        "effective_bits": 4.1,
+        "calibration_s": 12.3,
+    }
+    assert {(options.calib, options.calib_samples, options.seed) for options in fakes.options} == {("easyvqa", 7, 3)}
+    assert result.output.count("75.00 ± 1.00") == len(ALL)
+
+
+def test_exports_are_deleted_after_their_evaluation(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
+    run()
+    assert len(set(fakes.folders)) == len(ALL)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_exports_are_kept_on_demand_and_replaced_by_the_next(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    names = [f"tiny-{method}-{scheme}" for method, scheme in ALL]
+    for _ in range(2):
+        assert run("--keep", "--redo").exit_code == 0
+        assert sorted(path.name for path in (tmp_path / "work").iterdir()) == sorted(names)
+        assert all((tmp_path / "work" / name / EXPORT_FILE).is_file() for name in names)
+
+
+def test_kept_export_does_not_replace_other_files(run: Callable[..., Result], tmp_path: Path) -> None:
+    place = tmp_path / "work" / "tiny-rtn-W4A8"
+    place.mkdir(parents=True)
+    (place / "mine.txt").write_text("mine")
+    result = run("--keep")
+    assert result.exit_code == 1
+    assert "error: rtn W4A8: output" in result.stdout
+    assert (place / "mine.txt").read_text() == "mine"
+
+
+def test_rows_of_the_file_are_kept(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
+    run("--schemes", "W4A8")
+    before = rows(tmp_path)
+    fakes.exported.clear()
+    result = run()
+    assert result.exit_code == 0
+    assert len(fakes.exported) == 2
+    assert {scheme for _, scheme in fakes.exported} == {"W3A3"}
+    assert rows(tmp_path)[: len(before)] == before
+    assert len(rows(tmp_path)) == len(ALL)
+
+
+def test_redo_measures_them_again(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
+    run()
+    fakes.exported.clear()
+    run("--redo")
+    assert len(fakes.exported) == len(ALL)
+    assert len(rows(tmp_path)) == len(ALL)
+
+
+def test_rows_of_another_number_of_questions_are_measured_again(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    run("--limit", "5")
+    assert {row["n"] for row in rows(tmp_path)} == {5}
+    fakes.exported.clear()
+    result = run()
+    assert "rtn W4A8: measured with 5 questions, now with 20" in result.output
+    assert len(fakes.exported) == len(ALL)
+    assert {row["n"] for row in rows(tmp_path)} == {QUESTIONS}
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (SplitQError("layer 3: expected a\nfactor"), "error: rtn W4A8: layer 3: expected a factor"),
+        (RuntimeError("cholesky [not] positive"), "error: rtn W4A8: RuntimeError: cholesky [not] positive"),
+    ],
+)
+def test_failed_export_is_a_line_and_the_others_go_on(
+    error: Exception, line: str, run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    fakes.fail["rtn", "W4A8"] = error
+    result = run()
+    assert result.exit_code == 1
+    assert line in result.stdout.splitlines()
+    assert result.stderr.startswith("error: 1 rows could not be measured")
+    assert [(row["method"], row["scheme"]) for row in rows(tmp_path)] == [pair for pair in ALL if pair != ALL[1]]
+    assert list((tmp_path / "work").iterdir()) == []
+    fakes.fail.clear()
+    fakes.exported.clear()
+    assert run().exit_code == 0
+    assert fakes.exported == [("rtn", "W4A8")]
+
+
+def test_failed_evaluation_is_a_line_too(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
+    fakes.eval_error = SplitQError("decoder: ONNX Runtime failed")
+    result = run()
+    assert result.exit_code == 1
+    assert result.stdout.count("error: ") == len(ALL)
+    assert not (tmp_path / "results.json").exists()
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_interrupted_table_keeps_its_rows_and_leaves_no_folder(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    fakes.fail["rtn", "W3A3"] = KeyboardInterrupt()
+    result = run()
+    assert result.exit_code == 130
+    assert [(row["method"], row["scheme"]) for row in rows(tmp_path)] == ALL[:3]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_leftovers_of_a_killed_table_are_removed(run: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "work" / ".tiny-rtn-W4A8" / "tiny-rtn-W4A8.calibration").mkdir(parents=True)
+    assert run().exit_code == 0
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_markdown_is_printed_on_demand(run: Callable[..., Result]) -> None:
+    output = run("--markdown").output
+    assert "| W3A3 | splitq | 20 | 75.00 ± 1.00 | 0.5 | 4.10 | 12 |" in output
+
+
+def test_missing_native_library_stops_before_any_export(
+    run: Callable[..., Result], fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from splitq_edge import runtime_ops
+    from splitq_edge.runtime_ops.session import require_native
+
+    monkeypatch.setattr(runtime_ops, "library_path", lambda: None)
+    monkeypatch.setattr(table, "require_native", require_native)
+    result = run()
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: native library: expected one")
+    assert fakes.exported == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--limit", "0"], "error: evaluation: expected --limit of 1 or more, got 0"),
+        (["--methods", "rtn,awk"], "expected names out of rtn, "),
+        (["--schemes", "W4A8,"], "expected names out of W4A8, "),
+    ],
+)
+def test_useless_options_stop_before_any_export(
+    more: list[str], message: str, run: Callable[..., Result], fakes: Fakes
+) -> None:
+    result = run(*more)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert fakes.exported == []
+
+
+def test_file_of_another_model_stops_before_any_export(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "results.json", {"schema": 1, "model": "large", "rows": []})
+    result = run()
+    assert result.exit_code == 2
+    assert "expected rows of model tiny, got 'large'" in result.stderr
+    assert fakes.exported == []
+
+
+def test_work_place_that_cannot_be_made(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("mine")
+    result = run()
+    assert result.exit_code == 2
+    assert "expected a writable place" in result.stderr
+    assert fakes.exported == []
