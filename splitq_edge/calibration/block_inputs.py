@@ -45,11 +45,7 @@ def padded_batches(
         encoded: model inputs of single conversations, the same in all processes.
         size: samples a batch, over all processes.
         pad_token_id: fills input_ids; attention_mask is 0 there.
-<<<<<<< HEAD
         processes: the group that shares the samples.
-=======
-        processes: who shares the samples.
->>>>>>> c2457e7ce5b28ef80462010842daa1d8e4f98d92
 
     Returns:
         One entry a global batch; where this process has no sample of it, `samples` is empty and `inputs` too.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,23 +154,32 @@ def _measure(options: TableOptions, wanted: Measurement) -> Row:
     name = f"{Path(options.model).resolve().name}-{label}-{wanted.scheme}"
     if options.keep:
         check_target(options.work / name, force=True)
-    quiet = Console(quiet=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=options.work) as folder:
-        out = Path(folder) / name
-        export = ExportOptions(
-            model=options.model,
-            out=out,
-            scheme=wanted.scheme,
-            calib=options.task,
-            calib_samples=options.calib_samples,
-            seed=options.seed,
-        )
-        calibration_s = run_export(export, quiet, wanted.config)["calibration_s"]
-        asked = EvalOptions(str(out), options.task, "ort", limit=options.limit, seed=options.seed, threads=0, json=None)
-        result = run_eval(asked, quiet)
+    folder = options.work / f".{name}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a table that was killed
+    try:
+        folder.mkdir()
+        row = _export_and_evaluate(options, wanted, folder / name)
         if options.keep:
             shutil.rmtree(options.work / name, ignore_errors=True)
-            out.rename(options.work / name)
+            (folder / name).rename(options.work / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return row
+
+
+def _export_and_evaluate(options: TableOptions, wanted: Measurement, out: Path) -> Row:
+    quiet = Console(quiet=True)
+    export = ExportOptions(
+        model=options.model,
+        out=out,
+        scheme=wanted.scheme,
+        calib=options.task,
+        calib_samples=options.calib_samples,
+        seed=options.seed,
+    )
+    calibration_s = run_export(export, quiet, wanted.config)["calibration_s"]
+    asked = EvalOptions(str(out), options.task, "ort", limit=options.limit, seed=options.seed, threads=0, json=None)
+    result = run_eval(asked, quiet)
     values = result["tasks"][options.task]
     return Row(
         method=wanted.method,

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The quality report of an export, `quality.json`: what quantization cost every site and each component gave."""
-=======
-"""The quality report of an export, `quality.json`: what quantization cost and each part gave back, by site."""
->>>>>>> c2457e7ce5b28ef80462010842daa1d8e4f98d92
 
 from __future__ import annotations
 

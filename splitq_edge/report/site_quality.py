@@ -29,13 +29,8 @@ def site_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> 
 
     Returns:
         `sqnr_db`: by stage, [text, vision] in dB, null without rows of the modality. Stages: "rtn" (whole site,
-<<<<<<< HEAD
-        nearest), "split" (outlier groups apart, nothing else), "transform" (learned P, scale and clips, no
-        correction), "cws", "mac" (all, as learned) and "final" (the integers of the export). `channels`: see `channel_report`.
-=======
         nearest), "split" (outlier groups apart, nothing else), "transform" (learned P, scale and clips, no correction),
         "cws", "mac" (all, as learned) and "final" (the integers of the export). `channels`: see `channel_report`.
->>>>>>> c2457e7ce5b28ef80462010842daa1d8e4f98d92
     """
     stages: dict[str, list[float | None]] = {}
     rows = {TEXT: stats.text_rows, VISION: stats.vision_rows}
@@ -47,8 +42,6 @@ def site_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> 
     return {"sqnr_db": stages, "channels": channel_report(site.plan, stats)}
 
 
-<<<<<<< HEAD
-=======
 @torch.no_grad()
 def plain_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> dict[str, Any]:
     """The report of a site without split and correction: the stages "rtn" and "final" of `site_quality`'s `sqnr_db`."""
@@ -61,7 +54,6 @@ def plain_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) ->
     return {"sqnr_db": stages}
 
 
->>>>>>> c2457e7ce5b28ef80462010842daa1d8e4f98d92
 def _stage_outputs(site: TrainableSite, frozen: SplitLinear, x: torch.Tensor, kind: int) -> dict[str, torch.Tensor]:
     mask = torch.full(x.shape[:1], kind, dtype=torch.int8, device=x.device)
     outputs = {"rtn": _nearest(site, x, split=False), "split": _nearest(site, x, split=True)}
@@ -97,13 +89,8 @@ def channel_report(plan: SplitPlan, stats: SiteStats) -> dict[str, Any]:
 
     Returns:
         `text`, `vision`: channel numbers; `absmax_share`: share of the sum of the channels' largest magnitudes that
-<<<<<<< HEAD
-        each set carries over its own modality's tokens; `absmax_over_median`: [text, vision], the largest channel over the
-        median channel; `jaccard`: overlap of the modalities' top channels, as many as the groups have.
-=======
         each set carries over its own modality's tokens; `absmax_over_median`: [text, vision], the largest channel over
         the median channel; `jaccard`: overlap of the modalities' top channels, as many as the groups have.
->>>>>>> c2457e7ce5b28ef80462010842daa1d8e4f98d92
     """
     count = max(1, (plan.text.numel() + plan.vision.numel()) // 2)
     if plan.text.numel() + plan.vision.numel() == 0:

@@ -99,10 +99,6 @@ def exports(talker: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory)
             recipe=None if scheme == "none" else recipe,
             calib=str(chats),
             calib_samples=2,
-            flavour="portable",
-            seed=0,
-            force=False,
-            revision=None,
         )
         run_export(options, Console(quiet=True))
     return {scheme: place / scheme for scheme in ("none", "W4A8")}
@@ -192,7 +188,7 @@ def test_prompts_with_the_image_last_share_nothing_and_are_answered_alike(
     prompts = [backend._prompts.prompt(asked.text, open_image(asked.image)) for asked in questions]
     assert shared_prefix(prompts, IMAGE_TOKEN_ID) == 0
     said = [engine.plain(asked) for asked in questions]
-    assert len(set(said)) > 2
+    assert len(set(said)) > 1
     for answers in (["abc"] * len(said), said):
         asked = [replace(question, answer=answer) for question, answer in zip(questions, answers, strict=True)]
         check_same(engine, [answer.text for answer in answer_all(backend, asked)], said)

@@ -14,6 +14,7 @@ from rich.console import Console
 from splitq_edge.artifacts import EXPORT_FILE, write_json
 from splitq_edge.cli import main
 from splitq_edge.commands import table
+from splitq_edge.config import QuantConfig
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.tasks import Question
 
@@ -31,14 +32,15 @@ class Fakes:
         self.fail: dict[Pair, BaseException] = {}
         self.eval_error: Exception | None = None
 
-    def run_export(self, options: Any, _console: Console) -> dict[str, Any]:
+    def run_export(self, options: Any, _console: Console, config: QuantConfig | None) -> dict[str, Any]:
+        pair = ("fp32" if config is None else config.method, options.scheme)
         self.options.append(options)
-        self.exported.append((options.method, options.scheme))
+        self.exported.append(pair)
         self.folders.append(options.out)
         options.out.mkdir()
         (options.out.parent / f"{options.out.name}.calibration").mkdir()
-        if (options.method, options.scheme) in self.fail:
-            raise self.fail[options.method, options.scheme]
+        if pair in self.fail:
+            raise self.fail[pair]
         write_json(options.out / EXPORT_FILE, {"scheme": options.scheme})
         return {"calibration_s": 0.0 if options.scheme == "none" else 12.34}
 
@@ -54,20 +56,12 @@ class Fakes:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     fakes = Fakes()
-    monkeypatch.setattr(table, "ExportOptions", AnyOptions)
     monkeypatch.setattr(table, "run_export", fakes.run_export)
     monkeypatch.setattr(table, "run_eval", fakes.run_eval)
     monkeypatch.setattr(table, "require_native", lambda: None)
     questions = [Question(Path("0.png"), "what?", "red", "color")] * QUESTIONS
     monkeypatch.setattr(table, "load_task", lambda _task, _split: questions)
     return fakes
-
-
-class AnyOptions:
-    """Takes every option."""
-
-    def __init__(self, **values: Any) -> None:
-        self.__dict__.update(values)
 
 
 @pytest.fixture
@@ -214,6 +208,12 @@ def test_interrupted_table_keeps_its_rows_and_leaves_no_folder(
     assert list((tmp_path / "work").iterdir()) == []
 
 
+def test_leftovers_of_a_killed_table_are_removed(run: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "work" / ".tiny-rtn-W4A8" / "tiny-rtn-W4A8.calibration").mkdir(parents=True)
+    assert run().exit_code == 0
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_markdown_is_printed_on_demand(run: Callable[..., Result]) -> None:
     output = run("--markdown").output
     assert "| W3A3 | splitq | 20 | 75.00 ± 1.00 | 0.5 | 4.10 | 12 |" in output
@@ -266,3 +266,14 @@ def test_work_place_that_cannot_be_made(run: Callable[..., Result], fakes: Fakes
     assert result.exit_code == 2
     assert "expected a writable place" in result.stderr
     assert fakes.exported == []
+
+
+def test_ablation_measures_every_component_and_every_rule_once(fakes: Fakes, tmp_path: Path) -> None:
+    arguments = ["ablate", "models/tiny", "--results", str(tmp_path / "results.json"), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(main, [*arguments, "--scheme", "W3A2", "--epochs", "0"])
+    assert result.exit_code == 0, result.output
+    found = [row["method"] for row in rows(tmp_path)]
+    components = [f"components: {name}, 0 epochs" for name in ("flatquant", "+MOCD", "+CWS", "+MAC")]
+    rules = [f"rules: {name}, 0 epochs" for name in ("none", "all-max", "vision-max", "text-max", "random", "mocd")]
+    assert found == components + rules
+    assert {row["scheme"] for row in rows(tmp_path)} == {"W3A2"}
