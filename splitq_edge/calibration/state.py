@@ -58,7 +58,7 @@ class CalibrationState:
         """
         path = self.folder / HEADER_FILE
         if not path.is_file():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and set(self.folder.iterdir()) - set(self._leftovers()):
                 raise SplitQError(
                     f"calibration state {self.folder}: expected an empty or new folder, it has other files; "
                     "choose another with --state"
@@ -125,9 +125,13 @@ class CalibrationState:
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:04d}.safetensors"
 
+    def _leftovers(self) -> list[Path]:
+        """Temporary files of writers that were killed."""
+        return [*self.folder.glob(".block_*.safetensors.*"), *self.folder.glob(f".{HEADER_FILE}.*")]
+
     def remove(self) -> None:
         """Delete what this class wrote; other files stay."""
-        for path in [*self.folder.glob("block_*.safetensors"), self.folder / HEADER_FILE]:
+        for path in [*self.folder.glob("block_*.safetensors"), *self._leftovers(), self.folder / HEADER_FILE]:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             os.rmdir(self.folder)
