@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,33 @@ def site_model(site: SplitLinear, *, packed: bool) -> onnx.ModelProto:
     graph = helper.make_graph([node], "site", feeds, [output], list(initializers.values()))
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
     return helper.make_model(graph, opset_imports=opsets, functions=functions_for([spec]), ir_version=10)
+
+
+def site_engines() -> list[str]:
+    """What can run a site's node here: "functions" and, where the library is built or asked for, "native"."""
+    from splitq_edge.runtime_ops import library_path
+
+    wanted = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1" or library_path() is not None
+    return ["functions", "native"] if wanted else ["functions"]
+
+
+def run_site(
+    site: SplitLinear, x: torch.Tensor, modality: torch.Tensor, *, packed: bool, native: bool
+) -> np.ndarray[Any, Any]:
+    """The site's node in ONNX Runtime: x [batch, sequence, K], modality [batch, sequence] -> [batch, sequence, N]."""
+    import onnxruntime as ort
+
+    from splitq_edge.runtime_ops import library_path
+
+    model = site_model(site, packed=packed)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    if native:
+        options.register_custom_ops_library(str(library_path()))
+        del model.functions[:]  # nothing but the kernels can run it
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    known = {"x": x.numpy(), "modality": modality.numpy()}
+    return session.run(None, {value.name: known[value.name] for value in session.get_inputs()})[0]
 
 
 def tiny_llava_config() -> Any:

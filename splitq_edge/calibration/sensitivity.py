@@ -27,8 +27,9 @@ def collect_sensitivity(
 ) -> Sensitivity:
     """Mean absolute gradient of the answers' loss at every site's output and every block's output (MBQ).
 
-    The loss is the mean negative log-likelihood of the answer tokens. Forward through the float blocks with their
-    inputs kept, then backward block after block.
+    The loss is the mean negative log-likelihood of the answer tokens of all batches and processes, so that the result
+    depends neither on batches nor on processes. Forward through the float blocks with their inputs kept, then backward
+    block after block.
 
     Args:
         loaded: the float model.
@@ -52,7 +53,7 @@ def collect_sensitivity(
             del block
             if progress is not None:
                 progress()
-    gradients = _loss_gradients(loaded, inputs, numbers)
+    gradients = _loss_gradients(loaded, inputs, numbers, processes)
     sums: dict[str, torch.Tensor] = {}
     for index in reversed(range(loaded.block_count)):
         block = loaded.block(index)
@@ -67,20 +68,31 @@ def collect_sensitivity(
     return _averages(loaded, sums, processes)
 
 
-def _loss_gradients(loaded: LoadedModel, inputs: BlockInputs, numbers: list[int]) -> dict[int, torch.Tensor]:
+def _loss_gradients(
+    loaded: LoadedModel, inputs: BlockInputs, numbers: list[int], processes: Processes
+) -> dict[int, torch.Tensor]:
     """Gradient of the loss at the last block's output, by batch."""
     gradients = {}
+    chosen_tokens = {number: _answer_tokens(inputs, number) for number in numbers}
+    count = sum(int(wanted.sum()) for wanted in chosen_tokens.values())
+    total = float(processes.sum(torch.tensor(float(count), device=loaded.device)))
     with loaded.outside_blocks():
         norm = loaded.model.get_submodule(loaded.final_norm_path)
         head = loaded.model.get_submodule(loaded.adapter.lm_head)
         for number in numbers:
             hidden = inputs.get(f"pass-{loaded.block_count}", number).requires_grad_()
-            tokens, batch = inputs.tokens(number), inputs.batch(number)
-            wanted = (tokens["answer"] if "answer" in tokens else batch.keep & (batch.modality == TEXT))[:, 1:]
+            wanted = chosen_tokens[number]
             chosen = norm(hidden)[:, :-1][wanted]  # [answer tokens, hidden]
-            loss = nn.functional.cross_entropy(head(chosen), tokens["input_ids"][:, 1:][wanted])
+            target = inputs.tokens(number)["input_ids"][:, 1:][wanted]
+            loss = nn.functional.cross_entropy(head(chosen), target, reduction="sum") / max(total, 1.0)
             (gradients[number],) = torch.autograd.grad(loss, hidden)
     return gradients
+
+
+def _answer_tokens(inputs: BlockInputs, number: int) -> torch.Tensor:
+    """[batch, sequence - 1] bool, the tokens after the first that the loss is about."""
+    tokens, batch = inputs.tokens(number), inputs.batch(number)
+    return (tokens["answer"] if "answer" in tokens else batch.keep & (batch.modality == TEXT))[:, 1:]
 
 
 def _backward(

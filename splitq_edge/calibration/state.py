@@ -61,7 +61,7 @@ class CalibrationState:
         """
         path = self.folder / HEADER_FILE
         if not path.is_file():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and set(self.folder.iterdir()) - set(self._leftovers()):
                 raise SplitQError(
                     f"calibration state {self.folder}: expected an empty or new folder, it has other files; "
                     "choose another with --state"
@@ -153,10 +153,14 @@ class CalibrationState:
     def _extra_path(self, name: str) -> Path:
         return self.folder / f"extra_{name}.safetensors"
 
+    def _leftovers(self) -> list[Path]:
+        """Temporary files of writers that were killed."""
+        return [path for name in ("block_*", "extra_*", HEADER_FILE) for path in self.folder.glob(f".{name}.*")]
+
     def remove(self) -> None:
         """Delete what this class wrote; other files stay."""
         written = [path for kind in ("block", "extra") for path in self.folder.glob(f"{kind}_*.safetensors")]
-        for path in [*written, self.folder / HEADER_FILE]:
+        for path in [*written, *self._leftovers(), self.folder / HEADER_FILE]:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             os.rmdir(self.folder)

@@ -9,6 +9,7 @@ import torch
 from builders import rng
 
 from splitq_edge.errors import SplitQError
+from splitq_edge.learning.invertible import InvertibleMatrix
 from splitq_edge.quant.transforms import (
     MAX_FACTOR_RATIO,
     apply_transform,
@@ -129,3 +130,45 @@ def test_transform_and_its_inverse_leave_the_linear_unchanged(a: int, b: int) ->
 
 def test_empty_batch_passes_through() -> None:
     assert apply_transform(torch.zeros(0, 12), *random_factors(3, 4)).shape == (0, 12)
+
+
+def planned_factor_sizes() -> list[int]:
+    """Sizes of the factors of all groups that the planner can make of 32 to 8192 channels at the default ratio."""
+    widths = set()
+    for channels in range(32, 8193, 2):
+        try:
+            total = outlier_width(channels, 0.02)
+        except SplitQError:
+            continue  # refused in one line; see test_plan
+        half = total // 2
+        widths |= {channels - total, half, total - half} if total else set()
+    return sorted({size for width in widths for size in factor_pair(width)})
+
+
+def test_learned_and_starting_factors_of_every_planned_width_are_invertible() -> None:
+    sizes = planned_factor_sizes()
+    assert len(sizes) > 30
+    for n in sizes:
+        matrix = InvertibleMatrix(orthogonal_start(n))
+        with torch.no_grad():
+            products = [orthogonal_start(n).double() @ orthogonal_start(n).double().T]
+            for seed, parameter in enumerate(matrix.parameters()):
+                # as far as a rotation of 90 degrees and singular values at their bounds
+                size = n**-0.5 if parameter.dim() == 3 else 2.0
+                parameter.copy_(torch.randn(parameter.shape, generator=rng(n + seed)) * size)
+            p, inverse = matrix()
+            assert p.dtype == torch.float32
+            products += [(p @ inverse).double(), (inverse @ p).double()]
+        for product in products:
+            torch.testing.assert_close(product, torch.eye(n, dtype=torch.float64), atol=1e-5, rtol=0, msg=f"{n}")
+
+
+def test_factor_search_ends_for_every_width_and_refuses_lopsided_ones() -> None:
+    for width in range(1, 8193):
+        a = largest_divisor_up_to_root(width)
+        if has_balanced_factors(width):
+            assert factor_pair(width) == (a, width // a)
+            assert width // a <= MAX_FACTOR_RATIO * max(a, 1)
+        else:
+            with pytest.raises(SplitQError, match=rf"got {width} = {a} x {width // a}; change the split ratio or use"):
+                factor_pair(width)
