@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,14 @@ class CalibrationState:
         """Temporary files of writers that were killed."""
         return [path for name in ("block_*", "extra_*", HEADER_FILE) for path in self.folder.glob(f".{name}.*")]
 
+    def scratch(self, rank: int) -> Path:
+        """Folder for one process's hidden states beyond the memory limit; not part of the state."""
+        return self.folder / f"activations-{rank}"
+
     def remove(self) -> None:
-        """Delete what this class wrote; other files stay."""
+        """Delete what belongs to the state; other files stay."""
+        for folder in self.folder.glob("activations-*"):
+            shutil.rmtree(folder, ignore_errors=True)
         written = [path for kind in ("block", "extra") for path in self.folder.glob(f"{kind}_*.safetensors")]
         for path in [*written, *self._leftovers(), self.folder / HEADER_FILE]:
             path.unlink(missing_ok=True)

@@ -33,8 +33,6 @@ from splitq_edge.runtime_ops.verify import ParityRow, verify_parity
 
 logger = logging.getLogger(__name__)
 
-ACTIVATIONS = "activations"  # folder in the state for hidden states beyond the memory limit
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -135,7 +133,7 @@ def calibrate(
     """Calibrate the blocks that the state does not hold yet; returns the seconds it took."""
     finished = processes.gather(state.start(resume=options.resume) if processes.main else 0)[0]
     begin = time.monotonic()
-    scratch = state.folder / f"{ACTIVATIONS}-{processes.rank}"
+    scratch = state.scratch(processes.rank)
     shutil.rmtree(scratch, ignore_errors=True)  # a killed run may have left some
     store = ActivationStore(scratch, _activation_budget(loaded, config, options))
     run = Calibration(loaded, config, state, store, options.seed, processes)
