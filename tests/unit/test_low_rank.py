@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import rng
 
-from splitq_edge.correction.low_rank import LowRank, quantize_low_rank, rank_of, svd_anchor
+from splitq_edge.correction.low_rank import GRAM_FROM, LowRank, quantize_low_rank, rank_of, svd_anchor
 from splitq_edge.quant.affine import dequantize_weight
 from splitq_edge.quant.transforms import apply_transform, orthogonal_start
 
@@ -134,3 +134,18 @@ def test_factors_are_codes_of_their_bits(bits: int) -> None:
         assert 2 ** (bits - 1) - 1 <= codes.int().abs().max() <= 2 ** (bits - 1)
         assert codes.max() <= 2 ** (bits - 1) - 1
         assert scale.shape == (codes.shape[1],)
+
+
+@pytest.mark.parametrize("shape", [(700, 520), (520, 700)])
+def test_anchor_of_a_large_weight_is_its_truncated_svd(shape: tuple[int, int]) -> None:
+    assert min(shape) >= GRAM_FROM
+    spectrum = torch.logspace(1, -2, 520)
+    left = torch.linalg.qr(torch.randn(shape[0], 520, generator=rng(1)))[0]
+    right = torch.linalg.qr(torch.randn(shape[1], 520, generator=rng(2)))[0]
+    weight = (left * spectrum) @ right.T
+    anchor = svd_anchor(weight, 8)
+    torch.testing.assert_close(anchor.singular, spectrum[:8], rtol=1e-4, atol=0)
+    product = (anchor.u * anchor.singular) @ anchor.v
+    torch.testing.assert_close(product, (left[:, :8] * spectrum[:8]) @ right.T[:8], rtol=0, atol=1e-4)
+    torch.testing.assert_close(anchor.u.T @ anchor.u, torch.eye(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(anchor.v @ anchor.v.T, torch.eye(8), rtol=0, atol=1e-5)
