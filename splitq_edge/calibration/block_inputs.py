@@ -183,7 +183,7 @@ def block_output(block: nn.Module, hidden: torch.Tensor, batch: BlockBatch, cont
     """Run a block on a batch: [batch, sequence, hidden]."""
     with context.using(batch.modality, batch.keep):
         output = block(hidden, **batch.kwargs)
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    return output[0] if isinstance(output, tuple) else output
 
 
 class _Reached(Exception):

@@ -262,7 +262,7 @@ class Calibration:
             for number in task.inputs.own:
                 hidden = task.inputs.get(task.stream, number)
                 block_output(task.block, hidden, task.inputs.batch(number), self.loaded.context)
-        found = []
+        found: list[tuple[str, TrainableSite, torch.Tensor | None]] = []
         for name, site in sites.items():
             width = site.weight.shape[0]
             hessian = site.take_hessian()

@@ -212,7 +212,7 @@ def _unpack_site(
     }
     correction = None
     if described["correction"] is not None:
-        parts = {key: own[f"correction.{key}"] for key in CORRECTION_TENSORS}
+        parts: dict[str, Any] = {key: own[f"correction.{key}"] for key in CORRECTION_TENSORS}
         correction = Correction(**parts, **described["correction"])
     return SplitLinear(
         name,

@@ -107,12 +107,12 @@ class _Permute(torch.autograd.Function):
     """x[..., order]; its gradient is a gather too, where indexing's would be a slow scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         ctx.order = order
         return x.index_select(-1, order)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient.index_select(-1, torch.argsort(ctx.order)), None
 
 

@@ -17,18 +17,16 @@ class _FakeQuantize(torch.autograd.Function):
     """round(x / scale) clamped to [low, high], times scale; written out because autograd would keep five tensors."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor
     ) -> torch.Tensor:
         ratio = x * (1.0 / scale)
         ctx.save_for_backward(ratio, scale, *(v for v in (low, high) if isinstance(v, torch.Tensor)))
         ctx.bounds = None if isinstance(low, torch.Tensor) else (low, high)
-        return torch.round(ratio).clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
+        return torch.round(ratio).clamp_(low, high).mul_(scale)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         ratio, scale, *tensors = ctx.saved_tensors
         low, high = ctx.bounds or tensors
         codes = torch.round(ratio)
@@ -48,13 +46,13 @@ def fake_quantize_rows(
     """`quantize_rows` followed by dequantization. x: [..., K] float32, same shape back."""
     if symmetric:
         scale = symmetric_scale(x.abs().amax(-1, keepdim=True), bits, clip)
-        return _FakeQuantize.apply(x, scale, *code_range(bits))  # type: ignore[no-any-return]
+        return _FakeQuantize.apply(x, scale, *code_range(bits))
     top = float((1 << bits) - 1)
     high_value = x.amax(-1, keepdim=True).clamp(min=0) * clip
     low_value = x.amin(-1, keepdim=True).clamp(max=0) * clip
     scale = ((high_value - low_value) / top).clamp(min=SCALE_FLOOR)
     zero = torch.round(-low_value * (1.0 / scale)).clamp(0, top).detach()
-    return _FakeQuantize.apply(x, scale, -zero, top - zero)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, -zero, top - zero)
 
 
 def fake_quantize_weight(
@@ -72,4 +70,4 @@ def fake_quantize_weight(
         [K, N] float32.
     """
     scale = weight_scale(weight, bits, group_size=group_size, clip=clip)
-    return _FakeQuantize.apply(weight, expand_scale(scale, weight.shape[0], group_size), *code_range(bits))  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(weight, expand_scale(scale, weight.shape[0], group_size), *code_range(bits))

@@ -17,6 +17,7 @@ from splitq_edge.splitting.outliers import choose_channels, halves_by_rank
 logger = logging.getLogger(__name__)
 
 MAIN_MULTIPLE = 32  # three-bit weights are packed in blocks of 32 input channels
+SCORED_ROWS = 1024  # text rows that are ranked and clustered; the time of clustering grows with them
 MAX_WIDE_SHARE = 8  # prefer groups that are multiples of 32 while both take at most 1/8 of the channels
 
 
@@ -118,7 +119,7 @@ def _chosen(stats: SiteStats, config: SplitConfig, total: int, seed: int) -> tup
         vision_absmax = stats.vision_absmax if stats.vision_tokens else stats.text_absmax
         return choose_channels(
             vision_absmax,
-            stats.text_rows,
+            stats.text_rows[:: max(1, -(-stats.text_rows.shape[0] // SCORED_ROWS))],
             vision_count=counts[0],
             text_count=counts[1],
             clusters=config.clusters,
