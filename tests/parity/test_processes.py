@@ -134,9 +134,12 @@ def test_results_differ_by_the_order_of_float_sums_alone(alone: Exported, togeth
                 difference = (found.qweight.int() - weights.qweight.int()).abs()
                 assert difference.max() <= 1, f"{name} {group}"
                 assert (difference > 0).float().mean() < 0.03, f"{name} {group}"
+    # Before learning only sums differ. Afterwards one tipped code moves a block's error: by 1 % here, and by 4 % in one
+    # process at full learning rates when the samples of a batch change places.
     for mine, theirs in zip(alone.reports, together.reports, strict=True):
         for key, value in mine["relative_error"].items():
-            assert theirs["relative_error"][key] == pytest.approx(value, rel=1e-2), key
+            limit = 1e-5 if key == "before" else 5e-2
+            assert theirs["relative_error"][key] == pytest.approx(value, rel=limit), key
 
 
 def test_the_first_process_alone_writes_and_speaks(together: Exported) -> None:
