@@ -24,10 +24,10 @@ from splitq_edge.splitting.plan import outlier_width
 ALONE = Processes(alone=True)
 
 
-def block_task(folder: Path) -> BlockTask:
+def block_task(folder: Path, processes: Processes = ALONE) -> BlockTask:
     """The first block of the tiny LLaVA with all components, its parameters moved as learning does."""
     loaded = tiny_loaded()
-    inputs = first_block_inputs(loaded, padded_batches(chat_batches(2), 2, 0, ALONE), ActivationStore(folder))
+    inputs = first_block_inputs(loaded, padded_batches(chat_batches(2), 2, 0, processes), ActivationStore(folder))
     with torch.no_grad():
         target = block_output(loaded.block(0), inputs.get("float", 0), inputs.batch(0), loaded.context)
     inputs.put("target", 0, target)
@@ -191,3 +191,18 @@ def test_activation_side_and_weight_side_of_the_transform_both_pass_gradients(
     for one in (activation_cut, weight_cut):
         assert one.any()
         assert (one - both).abs().max() > 1e-3 * both.abs().max()
+
+
+def test_gradients_of_the_shares_of_a_batch_add_up_to_those_of_the_batch(tmp_path: Path) -> None:
+    def gradients(rank: int, size: int) -> dict[tuple[int, str], torch.Tensor]:
+        processes = Processes(alone=True)
+        processes.rank, processes.size = rank, size
+        task = block_task(tmp_path / f"{rank}-{size}", processes)
+        task.squared_error(0).backward()
+        named = [(number, *item) for number, site in enumerate(task.sites) for item in site.named_parameters()]
+        return {(number, name): parameter.grad for number, name, parameter in named if parameter.grad is not None}
+
+    whole, shares = gradients(0, 1), [gradients(rank, 2) for rank in range(2)]
+    for key, gradient in whole.items():
+        added = shares[0][key] + shares[1][key]
+        assert (added - gradient).abs().max() <= 1e-4 * gradient.abs().max(), key
