@@ -16,6 +16,7 @@ from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.block_inputs import BlockInputs, PaddedBatch
 from splitq_edge.calibration.observer import SiteStats
 from splitq_edge.config import CorrectionConfig, LearningConfig, QuantConfig, SplitConfig
+from splitq_edge.correction.low_rank import U_CLIP
 from splitq_edge.learning.reconstruct import BlockTask, block_error, learn_block
 from splitq_edge.learning.site import TrainableSite
 from splitq_edge.modality import ModalityContext
@@ -214,6 +215,14 @@ def quantized_columns(weight: Array, bits: int, clips: Array | float = 1.0) -> A
     return np.stack([quantized_row(column, bits, clip) for column, clip in zip(weight.T, clips, strict=True)], 1)
 
 
+def searched_columns(weight: Array, bits: int) -> Array:
+    """Eq. 1 with the clip of every column that leaves the smallest squared error, 1.0 to 0.35 in steps of 0.05."""
+    grid = [1 - 0.05 * step for step in range(14)]
+    tries = [[quantized_row(column, bits, clip) for clip in grid] for column in weight.T]
+    columns = zip(weight.T, tries, strict=True)
+    return np.stack([min(found, key=lambda row: ((row - column) ** 2).sum()) for column, found in columns], 1)
+
+
 class Pieces:
     """A, B and the clips of one group, from the site's parameters alone."""
 
@@ -280,7 +289,7 @@ def factors(site: TrainableSite, main: Pieces) -> tuple[Array, Array, Array]:
     np.testing.assert_allclose((u * s) @ v, (site.anchor.u * site.anchor.singular) @ site.anchor.v, atol=1e-5)
     carried = np.linalg.inv(main.p) @ (u * main.scale[:, None])
     bits = site.config.correction.bits
-    return quantized_columns(carried, bits), s, quantized_columns(v, bits)
+    return quantized_columns(carried, bits, U_CLIP), s, searched_columns(v, bits)
 
 
 def test_eq_16_17_cws_subtracts_the_product_before_quantization_and_adds_it_back() -> None:

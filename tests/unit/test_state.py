@@ -154,13 +154,13 @@ def test_damaged_block_is_said_in_one_line(damage: str, tmp_path: Path) -> None:
         save_file(tensors, path, metadata)
     else:
         path.write_bytes({"cut": content[:-7], "empty": b"", "head": b"\xff" * 16 + content[16:]}[damage])
-    with pytest.raises(ArtifactError, match=r"block_0000\.safetensors: expected a finished block .*--resume") as raised:
+    with pytest.raises(ArtifactError, match=r"block_0000\.safetensors: expected finished sites .*--resume") as raised:
         state.load(0, ModalityContext())
     assert "\n" not in str(raised.value)
 
 
 def test_missing_block_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"block_0003\.safetensors: expected a finished block"):
+    with pytest.raises(ArtifactError, match=r"block_0003\.safetensors: expected finished sites"):
         started(tmp_path / "state").load(3, ModalityContext())
 
 
