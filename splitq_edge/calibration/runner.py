@@ -92,6 +92,11 @@ class Calibration:
         check_extras(self.loaded, self.config)
         if not encoded:
             raise SplitQError("calibration: expected at least one sample, got none; give calibration data")
+        if len(encoded) < self.processes.size:
+            raise SplitQError(
+                f"calibration: expected a sample for each of {self.processes.size} processes, got {len(encoded)}; "
+                "raise --calib-samples or start fewer processes"
+            )
         blocks = self.loaded.block_count if stop_after is None else min(stop_after, self.loaded.block_count)
         waiting = self._waiting_extras(all_blocks=blocks == self.loaded.block_count)
         if finished >= blocks and not waiting:

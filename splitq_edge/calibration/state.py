@@ -5,6 +5,7 @@ Sites outside the language blocks ("vision", "lm_head") have a file for each of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -118,7 +119,8 @@ class CalibrationState:
             sites[name], parts = _pack_site(site)
             tensors |= {f"{name}/{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
         # One entry: safetensors writes several in any order, and equal runs should leave equal bytes.
-        metadata = {"record": json.dumps({"sites": sites, "report": record.report})}
+        content = {"sites": sites, "report": record.report, "sha256": _digest(tensors)}
+        metadata = {"record": json.dumps(content)}
         write_bytes(path, save(tensors, metadata))
 
     def load(self, index: int, context: ModalityContext, device: torch.device | None = None) -> BlockRecord:
@@ -143,6 +145,8 @@ class CalibrationState:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
             described = json.loads(metadata["record"])
+            if described["sha256"] != _digest(tensors):
+                raise ValueError("its tensors are not those that were written")
             sites = {name: _unpack_site(name, values, tensors, context) for name, values in described["sites"].items()}
             return BlockRecord(sites, described["report"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -171,6 +175,15 @@ class CalibrationState:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             os.rmdir(self.folder)
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Hex digest of all tensors, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _pack_site(site: SplitLinear) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

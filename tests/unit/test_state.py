@@ -135,7 +135,7 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "head", "no_metadata", "lost_tensor"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "head", "flipped_bit", "no_metadata", "lost_tensor"])
 def test_damaged_block_is_said_in_one_line(damage: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -153,7 +153,14 @@ def test_damaged_block_is_said_in_one_line(damage: str, tmp_path: Path) -> None:
         del tensors["site/main.qweight"]
         save_file(tensors, path, metadata)
     else:
-        path.write_bytes({"cut": content[:-7], "empty": b"", "head": b"\xff" * 16 + content[16:]}[damage])
+        path.write_bytes(
+            {
+                "cut": content[:-7],
+                "empty": b"",
+                "head": b"\xff" * 16 + content[16:],
+                "flipped_bit": content[:-1] + bytes([content[-1] ^ 1]),
+            }[damage]
+        )
     with pytest.raises(ArtifactError, match=r"block_0000\.safetensors: expected finished sites .*--resume") as raised:
         state.load(0, ModalityContext())
     assert "\n" not in str(raised.value)
