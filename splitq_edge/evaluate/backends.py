@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from splitq_edge.evaluate.likelihood import Forced, force
-from splitq_edge.evaluate.prompts import Prompts, left_padded, shared_prefix
+from splitq_edge.evaluate.prompts import Prompts, left_padded, right_padded, shared_prefix
 from splitq_edge.evaluate.tasks import Answer, Question
 
 if TYPE_CHECKING:
@@ -77,9 +77,10 @@ class _Asked:
     prompt: list[int]
     answer: list[int]
 
-    def forced(self, start: int) -> list[int]:
-        """What the model reads from position `start` on to predict the whole answer."""
-        return self.prompt[start:] + self.answer[:-1]
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of prompt and answer."""
+        return len(self.prompt), len(self.answer)
 
 
 class _Chunk:
@@ -107,7 +108,7 @@ class _Chunk:
 
     def batches(self) -> Iterator[list[int]]:
         """Numbers of questions of about the same length, so that little is padding."""
-        order = sorted(range(len(self.asked)), key=lambda index: len(self.asked[index].forced(0)))
+        order = sorted(range(len(self.asked)), key=lambda index: self.asked[index].lengths)
         for start in range(0, len(order), BATCH):
             yield order[start : start + BATCH]
 
@@ -130,7 +131,9 @@ def _answers(processor: Any, rows: list[_Asked], forced: list[Forced], tokens: l
 class OrtBackend:
     """An exported folder in ONNX Runtime.
 
-    The part of the prompts up to the image's last token runs once an image and its cache serves all the questions.
+    The part of the prompts up to the image's last token runs once an image and its cache serves all the questions. Not
+    so with a quantized cache, which rounds what one call leaves to the next: there a prompt runs in one call and the
+    right answer token by token, as in generation.
 
     Args:
         folder: the export.
@@ -146,13 +149,14 @@ class OrtBackend:
         self.processor = load_processor(folder)
         self._ends: list[int] = self.model.manifest["eos_token_ids"]
         self._image_token: int = self.model.manifest["image_token_id"]
+        self._exact_cache = self.model.manifest["cache"]["dtype"] == "float32"
         self._prompts = Prompts(self.processor, self._ends)
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """See `Backend.answer`."""
         chunk = _Chunk(questions, self._prompts)
         features = self.model.encode_images(chunk.pixels())
-        start = shared_prefix([asked.prompt for asked in chunk.asked], self._image_token)
+        start = shared_prefix([asked.prompt for asked in chunk.asked], self._image_token) if self._exact_cache else 0
         prefix = self._prefill(chunk.asked[0].prompt[:start], features) if start else None
         answers: dict[int, Answer] = {}
         for batch in chunk.batches():
@@ -170,20 +174,40 @@ class OrtBackend:
 
     def _batch(self, rows: list[_Asked], features: np.ndarray, cache: Cache) -> list[Answer]:
         """Answers of rows whose first tokens are in the cache; an empty cache takes the image features."""
-        start = cache.length
-        ids, mask = left_padded([asked.forced(start) for asked in rows], self.model.manifest["pad_token_id"])
-        mask = np.concatenate([np.ones((len(rows), start), np.int64), mask], -1)
-        embeds, modality = self.model.embed(ids, features[:0] if start else features)
-        logits, cache = self.model.decode(embeds, modality, mask, cache)
+        logits, mask, cache = self._teach(rows, features, cache)
         forced = force(logits, [asked.answer for asked in rows], self._image_token)
         tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
         open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
         if open_rows:
-            for index in open_rows:  # the right answer's tokens behind the point where the model leaves it
-                behind = len(rows[index].answer) - 1 - forced[index].same
-                mask[index, mask.shape[1] - behind :] = 0
+            first = mask.shape[1] - logits.shape[1] + 1  # place of the answers' first token
+            for index in open_rows:  # forget the right answer behind the point where the model leaves it
+                mask[index, first + forced[index].same :] = 0
             self._generate([tokens[index] for index in open_rows], mask[open_rows], cache.take(np.array(open_rows)))
         return _answers(self.processor, rows, forced, tokens)
+
+    def _teach(self, rows: list[_Asked], features: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray, Cache]:
+        """Feed the rest of the prompts and the right answers.
+
+        Returns:
+            Logits that predict the answers [rows, longest answer, vocabulary], the mask of all that the cache holds
+            now [rows, total] int64, and the cache. All answers begin at one place.
+        """
+        start, pad = cache.length, self.model.manifest["pad_token_id"]
+        ids, mask = left_padded([asked.prompt[start:] for asked in rows], pad)
+        mask = np.concatenate([np.ones((len(rows), start), np.int64), mask], -1)
+        answer_ids, answer_mask = right_padded([asked.answer[:-1] for asked in rows], pad)
+        ids, mask = np.concatenate([ids, answer_ids], -1), np.concatenate([mask, answer_mask], -1)
+        answers = answer_ids.shape[1]
+        embeds, modality = self.model.embed(ids, features[:0] if start else features)
+        width = ids.shape[1]
+        ends, kept = ([width], answers + 1) if self._exact_cache else (range(width - answers, width + 1), 1)
+        logits, begin = [], 0
+        for end in ends:
+            piece = slice(begin, end)
+            part, cache = self.model.decode(embeds[:, piece], modality[:, piece], mask[:, : start + end], cache)
+            logits.append(part[:, -kept:])
+            begin = end
+        return np.concatenate(logits, 1), mask, cache
 
     def _generate(self, begun: list[list[int]], mask: np.ndarray, cache: Cache) -> None:
         """Append the greedy tokens; the last token of each row is not in the cache yet."""
@@ -231,7 +255,7 @@ class TorchBackend:
         return [answers[index] for index in range(len(questions))]
 
     def _batch(self, rows: list[_Asked], pixels: Any) -> list[Answer]:
-        logits = self._logits([asked.forced(0) for asked in rows], pixels)
+        logits = self._logits(rows, pixels)
         forced = force(logits, [asked.answer for asked in rows], self.loaded.image_token_id)
         tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
         open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
@@ -241,16 +265,18 @@ class TorchBackend:
                 tokens[index] = row
         return _answers(self.processor, rows, forced, tokens)
 
-    def _logits(self, rows: list[list[int]], pixels: Any) -> np.ndarray:
-        """[rows, sequence, vocabulary] float32 of the left-padded rows."""
+    def _logits(self, rows: list[_Asked], pixels: Any) -> np.ndarray:
+        """What predicts the right answers, [rows, longest answer, vocabulary] float32."""
         import torch
 
-        ids, mask = (torch.from_numpy(array) for array in left_padded(rows, self._pad))
+        prompts = left_padded([asked.prompt for asked in rows], self._pad)
+        answers = right_padded([asked.answer[:-1] for asked in rows], self._pad)
+        ids, mask = (torch.from_numpy(np.concatenate(pair, -1)) for pair in zip(prompts, answers, strict=True))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         output = self.loaded.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=pixels, use_cache=False
         )
-        return np.asarray(output.logits.numpy())
+        return np.asarray(output.logits[:, prompts[0].shape[1] - 1 :].numpy())
 
     def _generate(self, prompts: list[list[int]], pixels: Any) -> list[list[int]]:
         import torch

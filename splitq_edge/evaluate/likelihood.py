@@ -27,11 +27,12 @@ def force(logits: np.ndarray, answers: Sequence[Sequence[int]], image_token_id: 
     """Score the answers of a batch.
 
     Args:
-        logits: [batch, sequence, vocabulary] float32; the last len(answer) positions of a row predict its answer.
+        logits: [batch, longest answer, vocabulary] float32; position i of a row predicts token i of its answer, given
+            the prompt and the tokens before it.
         answers: token ids of each row, end token included.
         image_token_id: placeholder that is never said, if the model has one; its share of the probability stays.
     """
-    return [_force(row[-len(answer) :], answer, image_token_id) for row, answer in zip(logits, answers, strict=True)]
+    return [_force(row[: len(answer)], answer, image_token_id) for row, answer in zip(logits, answers, strict=True)]
 
 
 def _force(logits: np.ndarray, answer: Sequence[int], image_token_id: int | None) -> Forced:

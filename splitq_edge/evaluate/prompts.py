@@ -104,6 +104,12 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np
     return ids, mask
 
 
+def right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same with the padding behind; rows may all be empty."""
+    ids, mask = left_padded([row[::-1] for row in rows], pad)
+    return ids[:, ::-1], mask[:, ::-1]
+
+
 def shared_prefix(prompts: Sequence[Sequence[int]], image_token_id: int) -> int:
     """Length of the prefix that ends with the last image token, if all prompts share it and go on behind it; else 0."""
     first = list(prompts[0])

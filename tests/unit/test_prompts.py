@@ -10,7 +10,7 @@ from builders import CHAT_TEMPLATE, IMAGE_TOKEN_ID, IMAGE_TOKENS, prompt_ids, ti
 from PIL import Image
 
 from splitq_edge.errors import SplitQError
-from splitq_edge.evaluate.prompts import Prompts, chat, left_padded, shared_prefix
+from splitq_edge.evaluate.prompts import Prompts, chat, left_padded, right_padded, shared_prefix
 
 END = 2
 
@@ -91,6 +91,13 @@ def test_left_padded_rows_end_together() -> None:
     ids, mask = left_padded([[5, 6, 7], [8]], pad=9)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_right_padded_rows_begin_together() -> None:
+    ids, mask = right_padded([[5, 6, 7], [8], []], pad=9)
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 9], [9, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert right_padded([[], []], pad=9)[0].shape == (2, 0)
 
 
 def test_shared_prefix_ends_with_the_image() -> None:

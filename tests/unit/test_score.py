@@ -19,11 +19,11 @@ def question(image: int, text: str = "what?", answer: str = "red", kind: str = "
     return Question(Path(f"{image}.png"), text, answer, kind)
 
 
-def test_likelihood_is_the_cross_entropy_of_the_last_positions() -> None:
+def test_likelihood_is_the_cross_entropy_of_the_first_positions() -> None:
     logits = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0)) * 4
     answers = [[4, 2], [1, 7, 5]]
     for row, forced in enumerate(force(logits.numpy(), answers, None)):
-        picked = logits[row, -len(answers[row]) :].double()
+        picked = logits[row, : len(answers[row])].double()
         expected = torch.nn.functional.cross_entropy(picked, torch.tensor(answers[row]), reduction="sum")
         assert forced.nll == pytest.approx(float(expected), rel=1e-9)
         assert forced.greedy == picked.argmax(-1).tolist()
@@ -38,7 +38,7 @@ def test_likelihood_of_huge_logits_is_finite() -> None:
 @pytest.mark.parametrize(("answer", "same"), [([3, 4, 2], 3), ([3, 0, 2], 1), ([0, 4, 2], 0), ([3, 4, 0], 2)])
 def test_same_counts_the_right_tokens_up_to_the_first_other_one(answer: list[int], same: int) -> None:
     logits = np.full((1, 4, 6), -1, np.float32)
-    for position, token in enumerate([3, 4, 2], start=1):
+    for position, token in enumerate([3, 4, 2]):
         logits[0, position, token] = 1
     assert force(logits, [answer], None)[0].same == same
 
