@@ -22,7 +22,8 @@ def print_report(out: Path, console: Console) -> None:
     recipe = report["recipe"]
     console.print(
         f"{out}: method {recipe['method']}, scheme {recipe['scheme']}, "
-        f"{report['effective_bits']:.2f} effective bits a weight"
+        f"{report['effective_bits']:.2f} effective bits a weight",
+        soft_wrap=True,
     )
     console.print(_sqnr_table(report["blocks"]))
     if report.get("extras"):

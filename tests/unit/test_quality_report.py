@@ -27,7 +27,7 @@ from splitq_edge.splitting.plan import SplitPlan
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = replace(preset("W3A3"), learning=CLOSED_FORM)
     quantized = calibrated(tiny_loaded(), config, chat_batches(), tmp_path_factory.mktemp("calibration"))
-    return build_report(config.to_dict(), effective_bits(quantized.sites), quantized.reports)
+    return build_report(config.to_dict(), effective_bits(quantized.sites), quantized.reports, {})
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_integers_are_as_good_as_the_trained_site(content: dict[str, Any]) -> No
     for block in content["blocks"]:
         for site in block["sites"].values():
             for learned, integers in zip(site["sqnr_db"]["mac"], site["sqnr_db"]["final"], strict=True):
-                assert integers == pytest.approx(learned, abs=0.3)
+                assert integers > learned - 0.3  # GPTQ may be better than the nearest rounding of training
 
 
 def test_signal_to_noise_by_hand() -> None:
