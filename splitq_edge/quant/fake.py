@@ -23,7 +23,7 @@ class _FakeQuantize(torch.autograd.Function):
         ratio = x * (1.0 / scale)
         ctx.save_for_backward(ratio, scale, *(v for v in (low, high) if isinstance(v, torch.Tensor)))
         ctx.bounds = None if isinstance(low, torch.Tensor) else (low, high)
-        return torch.round(ratio).clamp_(low, high).mul_(scale)
+        return torch.round(ratio).clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
