@@ -194,6 +194,8 @@ def run(
 @click.option("--seed", default=0, show_default=True, help="Seed of the draw.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: ONNX Runtime chooses.")
 @click.option("--json", "json", type=PATH, help="Write the result to this file.")
+@click.option("--save-reference", type=PATH, help="Write what MODEL holds likely (.npz), for --reference.")
+@click.option("--reference", type=PATH, help="File of --save-reference: also report the KL divergence from its model.")
 @_reports_errors
 def evaluate(**options: Any) -> None:
     """Accuracy and NLL of MODEL (checkpoint with --backend torch, else an exported folder) on held-out questions."""
@@ -292,7 +294,8 @@ def ablate(scheme: str, tables: tuple[str, ...], epochs: int | None, transform: 
     """Measure what each component of SplitQ and each rule of channel choice gives on MODEL, in the native kernels."""
     from splitq_edge.commands.table import ablation_rows
 
-    rows = [row for name in tables for row in ablation_rows(name, scheme, epochs=epochs, transform=transform)]
+    every = [row for name in tables for row in ablation_rows(name, scheme, epochs=epochs, transform=transform)]
+    rows = list(dict.fromkeys(every))  # the float model once
     _measure_rows(rows, options)
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from splitq_edge.artifacts import EXPORT_FILE, check_writable, write_json
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.backends import Backend, OrtBackend, TorchBackend, answer_all
+from splitq_edge.evaluate.likelihood import load_reference, save_reference
 from splitq_edge.evaluate.tasks import Question, load_task, score
 
 RESULT_SCHEMA = 1
@@ -31,6 +32,8 @@ class EvalOptions:
     seed: int
     threads: int
     json: Path | None
+    reference: Path | None = None
+    save_reference: Path | None = None
 
 
 def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
@@ -39,14 +42,19 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     Raises:
         SplitQError: model, task, backend or limit is not usable.
     """
-    if options.json is not None:
-        check_writable(options.json)
+    for path in (options.json, options.save_reference):
+        if path is not None:
+            check_writable(path)
     questions = pick(load_task(options.task, "test"), options.limit, options.seed)
+    key = f"{options.task}, {len(questions)} questions, seed {options.seed}"
+    references = None if options.reference is None else load_reference(options.reference, key)
     backend, scheme, bits = _open(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{options.task}, {options.backend}", total=len(questions))
-        answers = answer_all(backend, questions, progress=lambda done: progress.advance(task, done))
+        answers = answer_all(
+            backend, questions, references=references, progress=lambda done: progress.advance(task, done)
+        )
     result = {
         "schema": RESULT_SCHEMA,
         "model": Path(options.model).name,
@@ -56,6 +64,8 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
         "tasks": {options.task: score(questions, answers)},
     }
     console.print(result_table(result))
+    if options.save_reference is not None:
+        save_reference(options.save_reference, key, [answer.top for answer in answers if answer.top is not None])
     if options.json is not None:
         write_json(options.json, result)
     return result
@@ -91,15 +101,17 @@ def _open(options: EvalOptions) -> tuple[Backend, str, float]:
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """Accuracy and NLL of the right answers with their standard errors, accuracy also by question type."""
+    """Accuracy, NLL and divergence with their standard errors, accuracy also by question type."""
     title = f"{result['model']}, {result['backend']}, {result['scheme']}, {result['effective_bits']:.2f} effective bits"
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    for name in ("task", "type", "n", "accuracy", "NLL a token"):
+    fidelity = any("kl" in values for values in result["tasks"].values())
+    for name in ("task", "type", "n", "accuracy", "NLL a token", *(["KL a token"] if fidelity else [])):
         table.add_column(name, justify="left" if name in ("task", "type") else "right", min_width=8)
     for task, values in result["tasks"].items():
         accuracy = f"{100 * values['accuracy']:.2f} % +- {100 * values['stderr']:.2f}"
         nll = f"{values['nll']:.5f} +- {values['nll_stderr']:.5f}"
-        table.add_row(task, "all", str(values["n"]), accuracy, nll)
+        kl = [f"{values['kl']:.3g} +- {values['kl_stderr']:.1g}"] if "kl" in values else []
+        table.add_row(task, "all", str(values["n"]), accuracy, nll, *kl)
         for kind, part in values["types"].items():
             table.add_row("", kind, str(part["n"]), f"{100 * part['accuracy']:.2f} %", "")
     return table

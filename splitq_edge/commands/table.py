@@ -71,6 +71,11 @@ class Measurement:
     scheme: str
     config: QuantConfig | None
 
+    @property
+    def is_float(self) -> bool:
+        """Whether this is the float model, the reference of the others."""
+        return self.config is None
+
 
 def method_rows(methods: tuple[str, ...], schemes: tuple[str, ...]) -> list[Measurement]:
     """The float model, then every method at every scheme."""
@@ -85,7 +90,7 @@ def method_rows(methods: tuple[str, ...], schemes: tuple[str, ...]) -> list[Meas
 
 
 def ablation_rows(table: str, scheme: str, *, epochs: int | None, transform: str | None) -> list[Measurement]:
-    """Rows of one of the paper's ablations, see `methods.ablation`.
+    """The float model, then the rows of one of the paper's ablations, see `methods.ablation`.
 
     Args:
         table: "components", "rules" or "mac".
@@ -102,13 +107,15 @@ def ablation_rows(table: str, scheme: str, *, epochs: int | None, transform: str
         config = replace(config, transform=transform)
         label += f", {transform}"
     recipes = ablation_recipes(config, table)
-    return [Measurement(f"{table}: {name}{label}", scheme, recipe) for name, recipe in recipes.items()]
+    labelled = [Measurement(f"{table}: {name}{label}", scheme, recipe) for name, recipe in recipes.items()]
+    return [Measurement(*FLOAT, None), *labelled]
 
 
 def run_table(options: TableOptions, rows: list[Measurement], console: Console) -> int:
     """Measure the rows that the results file lacks and print them all; returns how many could not be measured.
 
-    A row of the file is measured again with `redo`, or if it was taken with another number of questions.
+    A row of the file is measured again with `redo`, or if it was taken with another number of questions; the float
+    model's also if other rows wait and its answers, which they are compared with, are not in the work folder.
 
     Raises:
         SplitQError: nothing can be measured: no native library, an unusable results file, task or limit.
@@ -117,19 +124,23 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
     results = Results(options.results, Path(options.model).resolve().name)
     wanted = len(pick(load_task(options.task, "test"), options.limit, options.seed))
     _make_folder(options.work)
+    reference = options.work / f"{results.model}-{options.task}.reference.npz"
     failed = 0
+    kept = set() if options.redo else {row.key for row in results.rows if row.n == wanted}
+    waiting = [row for row in rows if _key(row, options.task) not in kept]
+    again = [] if not waiting or reference.exists() else [row for row in rows if row.is_float and row not in waiting]
     for wanted_row in rows:
         method, scheme = wanted_row.method, wanted_row.scheme
         label = f"{method} {scheme}"
-        row = results.get((method, scheme, BACKEND, options.task))
-        if row is not None and row.n == wanted and not options.redo:
+        if wanted_row not in waiting and wanted_row not in again:
             console.print(f"{label}: kept", highlight=False)
             continue
+        row = results.get(_key(wanted_row, options.task))
         if row is not None and row.n != wanted:
             console.print(f"{label}: measured with {row.n} questions, now with {wanted}", highlight=False)
         start = time.monotonic()
         try:
-            row = _measure(options, wanted_row)
+            row = _measure(options, wanted_row, reference)
         except Exception as error:  # one method's failure, of whatever kind, must not cost the other rows
             failed += 1
             logger.debug("%s", label, exc_info=True)
@@ -138,7 +149,8 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
             continue
         results.put(row)
         console.print(
-            f"{label}: accuracy {100 * row.accuracy:.2f} %, NLL {row.nll:.4g}, {time.monotonic() - start:.0f} s",
+            f"{label}: accuracy {100 * row.accuracy:.2f} %, NLL {row.nll:.4g}, KL {row.kl:.3g}, "
+            f"{time.monotonic() - start:.0f} s",
             highlight=False,
         )
     if options.markdown:
@@ -148,7 +160,11 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
     return failed
 
 
-def _measure(options: TableOptions, wanted: Measurement) -> Row:
+def _key(row: Measurement, task: str) -> tuple[str, str, str, str]:
+    return row.method, row.scheme, BACKEND, task
+
+
+def _measure(options: TableOptions, wanted: Measurement, reference: Path) -> Row:
     """Export in a folder of its own, evaluate, and delete the folder whatever happens."""
     label = re.sub(r"[^\w+-]+", "-", wanted.method)
     name = f"{Path(options.model).resolve().name}-{label}-{wanted.scheme}"
@@ -158,7 +174,7 @@ def _measure(options: TableOptions, wanted: Measurement) -> Row:
     shutil.rmtree(folder, ignore_errors=True)  # of a table that was killed
     try:
         folder.mkdir()
-        row = _export_and_evaluate(options, wanted, folder / name)
+        row = _export_and_evaluate(options, wanted, folder / name, reference)
         if options.keep:
             shutil.rmtree(options.work / name, ignore_errors=True)
             (folder / name).rename(options.work / name)
@@ -167,7 +183,7 @@ def _measure(options: TableOptions, wanted: Measurement) -> Row:
     return row
 
 
-def _export_and_evaluate(options: TableOptions, wanted: Measurement, out: Path) -> Row:
+def _export_and_evaluate(options: TableOptions, wanted: Measurement, out: Path, reference: Path) -> Row:
     quiet = Console(quiet=True)
     export = ExportOptions(
         model=options.model,
@@ -179,6 +195,7 @@ def _export_and_evaluate(options: TableOptions, wanted: Measurement, out: Path) 
     )
     calibration_s = run_export(export, quiet, wanted.config)["calibration_s"]
     asked = EvalOptions(str(out), options.task, "ort", limit=options.limit, seed=options.seed, threads=0, json=None)
+    asked = replace(asked, save_reference=reference) if wanted.is_float else replace(asked, reference=reference)
     result = run_eval(asked, quiet)
     values = result["tasks"][options.task]
     return Row(
@@ -192,6 +209,11 @@ def _export_and_evaluate(options: TableOptions, wanted: Measurement, out: Path) 
         nll=values["nll"],
         effective_bits=result["effective_bits"],
         calibration_s=calibration_s,
+        nll_stderr=values["nll_stderr"],
+        kl=values.get("kl", 0.0),
+        kl_stderr=values.get("kl_stderr", 0.0),
+        calib_samples=options.calib_samples,
+        seed=options.seed,
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from splitq_edge.evaluate.likelihood import Forced, force
+from splitq_edge.evaluate.likelihood import Forced, TopTokens, force
 from splitq_edge.evaluate.prompts import Prompts, left_padded, right_padded, shared_prefix
 from splitq_edge.evaluate.tasks import Answer, Question
 
@@ -27,26 +27,35 @@ CHUNK_QUESTIONS = 128
 CHUNK_IMAGES = 16
 
 
+References = Sequence[TopTokens] | None
+
+
 class Backend(Protocol):
     """Something that answers questions."""
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Greedy answers of a chunk of questions, in their order."""
+    def answer(self, questions: Sequence[Question], references: References = None) -> list[Answer]:
+        """Greedy answers of a chunk of questions, in their order; see `answer_all`."""
 
 
 def answer_all(
-    backend: Backend, questions: Sequence[Question], *, progress: Callable[[int], None] | None = None
+    backend: Backend,
+    questions: Sequence[Question],
+    *,
+    references: References = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Greedy answers in the order of the questions.
 
     Args:
         backend: who answers.
         questions: what is asked; questions of one image that follow each other share the work on it.
+        references: of every question, what a reference model held likely; the answers then tell the divergence.
         progress: called with the number of questions answered by each chunk.
     """
     answers: list[Answer] = []
     for chunk in chunks(questions):
-        answers += backend.answer(chunk)
+        done = len(answers)
+        answers += backend.answer(chunk, None if references is None else references[done : done + len(chunk)])
         if progress is not None:
             progress(len(chunk))
     return answers
@@ -76,6 +85,7 @@ class _Asked:
     image: int
     prompt: list[int]
     answer: list[int]
+    reference: TopTokens | None
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -86,7 +96,7 @@ class _Asked:
 class _Chunk:
     """Pictures and token ids of a chunk; each picture is opened and resized once."""
 
-    def __init__(self, questions: Sequence[Question], prompts: Prompts) -> None:
+    def __init__(self, questions: Sequence[Question], prompts: Prompts, references: References) -> None:
         from splitq_edge.runtime_ops.generate import open_image
 
         pictures = {path: open_image(path) for path in dict.fromkeys(question.image for question in questions)}
@@ -98,8 +108,9 @@ class _Chunk:
                 number[question.image],
                 prompts.prompt(question.text, pictures[question.image]),
                 prompts.answer(question.text, question.answer),
+                reference,
             )
-            for question in questions
+            for question, reference in zip(questions, references or [None] * len(questions), strict=True)
         ]
 
     def pixels(self) -> np.ndarray:
@@ -111,6 +122,11 @@ class _Chunk:
         order = sorted(range(len(self.asked)), key=lambda index: self.asked[index].lengths)
         for start in range(0, len(order), BATCH):
             yield order[start : start + BATCH]
+
+
+def _forced(logits: np.ndarray, rows: Sequence[_Asked], image_token_id: int | None) -> list[Forced]:
+    answers, references = [asked.answer for asked in rows], [asked.reference for asked in rows]
+    return force(logits, answers, image_token_id, references)
 
 
 def _ends(tokens: Sequence[int], end_tokens: Sequence[int]) -> bool:
@@ -125,7 +141,10 @@ def _begun(asked: _Asked, forced: Forced) -> list[int]:
 
 def _answers(processor: Any, rows: list[_Asked], forced: list[Forced], tokens: list[list[int]]) -> list[Answer]:
     texts = [str(processor.decode(row, skip_special_tokens=True)).strip() for row in tokens]
-    return [Answer(text, said.nll, len(asked.answer)) for text, said, asked in zip(texts, forced, rows, strict=True)]
+    return [
+        Answer(text, said.nll, len(asked.answer), said.top, said.kl)
+        for text, said, asked in zip(texts, forced, rows, strict=True)
+    ]
 
 
 class OrtBackend:
@@ -152,9 +171,9 @@ class OrtBackend:
         self._exact_cache = self.model.manifest["cache"]["dtype"] == "float32"
         self._prompts = Prompts(self.processor, self._ends)
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], references: References = None) -> list[Answer]:
         """See `Backend.answer`."""
-        chunk = _Chunk(questions, self._prompts)
+        chunk = _Chunk(questions, self._prompts, references)
         features = self.model.encode_images(chunk.pixels())
         start = shared_prefix([asked.prompt for asked in chunk.asked], self._image_token) if self._exact_cache else 0
         prefix = self._prefill(chunk.asked[0].prompt[:start], features) if start else None
@@ -175,7 +194,7 @@ class OrtBackend:
     def _batch(self, rows: list[_Asked], features: np.ndarray, cache: Cache) -> list[Answer]:
         """Answers of rows whose first tokens are in the cache; an empty cache takes the image features."""
         logits, mask, cache = self._teach(rows, features, cache)
-        forced = force(logits, [asked.answer for asked in rows], self._image_token)
+        forced = _forced(logits, rows, self._image_token)
         tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
         open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
         if open_rows:
@@ -240,11 +259,11 @@ class TorchBackend:
         self._ends = [int(token) for token in (end if isinstance(end, list) else [end]) if token is not None]
         self._prompts = Prompts(self.processor, self._ends)
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], references: References = None) -> list[Answer]:
         """See `Backend.answer`; the model encodes an image again with every question, as transformers does."""
         import torch
 
-        chunk = _Chunk(questions, self._prompts)
+        chunk = _Chunk(questions, self._prompts, references)
         pixels = chunk.pixels()
         answers: dict[int, Answer] = {}
         with torch.inference_mode(), self.loaded.modality_from_inputs():
@@ -256,7 +275,7 @@ class TorchBackend:
 
     def _batch(self, rows: list[_Asked], pixels: Any) -> list[Answer]:
         logits = self._logits(rows, pixels)
-        forced = force(logits, [asked.answer for asked in rows], self.loaded.image_token_id)
+        forced = _forced(logits, rows, self.loaded.image_token_id)
         tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
         open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
         if open_rows:

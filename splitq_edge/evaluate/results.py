@@ -18,7 +18,7 @@ from splitq_edge.errors import ArtifactError, SplitQError
 
 RESULTS_SCHEMA = 1
 Key = tuple[str, str, str, str]
-COLUMNS = ("scheme", "method", "n", "accuracy %", "NLL", "bits", "calib. s")
+COLUMNS = ("scheme", "method", "n", "accuracy %", "NLL", "KL", "bits", "calib. s")
 LEFT = ("scheme", "method")
 
 
@@ -37,6 +37,12 @@ class Row:
         nll: mean negative log-likelihood of a token of the right answers, in nats.
         effective_bits: stored bits a weight of the quantized linears.
         calibration_s: wall time of calibration in seconds.
+        nll_stderr: standard error of `nll`.
+        kl: mean Kullback-Leibler divergence of the float model's distribution from this model's at the tokens of the
+            right answers, in nats.
+        kl_stderr: its standard error.
+        calib_samples: calibration samples.
+        seed: of the calibration.
     """
 
     method: str
@@ -49,12 +55,17 @@ class Row:
     nll: float
     effective_bits: float
     calibration_s: float
+    nll_stderr: float = 0.0
+    kl: float = 0.0
+    kl_stderr: float = 0.0
+    calib_samples: int = 128
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, rounded in (
             ("accuracy", round(float(self.accuracy), 6)),
             ("stderr", round(float(self.stderr), 6)),
-            ("nll", float(f"{self.nll:.6g}")),
+            *((name, float(f"{getattr(self, name):.6g}")) for name in ("nll", "nll_stderr", "kl", "kl_stderr")),
             ("effective_bits", round(float(self.effective_bits), 4)),
             ("calibration_s", round(float(self.calibration_s), 1)),
         ):
@@ -159,6 +170,7 @@ def _cells(row: Row) -> list[Any]:
         str(row.n),
         f"{100 * row.accuracy:.2f} ± {100 * row.stderr:.2f}",
         f"{row.nll:.4g}",
+        f"{row.kl:.2g}",
         f"{row.effective_bits:.2f}",
         f"{row.calibration_s:.0f}",
     ]

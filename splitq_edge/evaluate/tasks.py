@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitq_edge.errors import SplitQError
+from splitq_edge.evaluate.likelihood import TopTokens
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class Answer:
         text: the greedy answer.
         nll: negative log-likelihood of the right answer, summed over its tokens, in nats.
         tokens: number of those tokens, end token included.
+        top: what the model held likely at their positions, if the backend kept it.
+        kl: divergence of the reference model from this one, summed over the tokens, in nats; None without reference.
     """
 
     text: str
     nll: float
     tokens: int
+    top: TopTokens | None = None
+    kl: float | None = None
 
 
 def load_task(name: str, split: str) -> list[Question]:
@@ -65,7 +70,7 @@ def score(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str,
     Returns:
         n; accuracy, the share of exact matches, and stderr, its standard error sqrt(p (1 - p) / n); nll, the mean over
         the tokens of all right answers in nats, and nll_stderr, its standard error over questions; types, with n and
-        accuracy of every question type.
+        accuracy of every question type; with a reference also kl, the mean divergence a token, and kl_stderr.
     """
     if len(questions) != len(answers):
         raise ValueError(f"expected one answer a question, got {len(answers)} for {len(questions)}")
@@ -80,27 +85,32 @@ def score(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str,
         types[name] = {"n": len(marks), "accuracy": sum(marks) / len(marks)}
     share = sum(right) / len(right)
     stderr = math.sqrt(share * (1 - share) / len(right))
-    nll, nll_stderr = _mean_nll(answers)
+    tokens = [answer.tokens for answer in answers]
+    nll, nll_stderr = _token_mean([answer.nll for answer in answers], tokens)
+    divergences = [answer.kl for answer in answers if answer.kl is not None]
+    fidelity: dict[str, float] = {}
+    if len(divergences) == len(answers):
+        fidelity["kl"], fidelity["kl_stderr"] = _token_mean(divergences, tokens)
     return {
         "n": len(right),
         "accuracy": share,
         "stderr": stderr,
         "nll": nll,
         "nll_stderr": nll_stderr,
+        **fidelity,
         "types": types,
     }
 
 
-def _mean_nll(answers: Sequence[Answer]) -> tuple[float, float]:
-    """Sum over tokens divided by tokens, and its standard error as a ratio of two sums over questions."""
-    count = len(answers)
-    tokens = sum(answer.tokens for answer in answers)
-    mean = math.fsum(answer.nll for answer in answers) / tokens
+def _token_mean(sums: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    """Mean a token of what is summed by question, and its standard error as a ratio of two sums over questions."""
+    count, total = len(sums), sum(tokens)
+    mean = math.fsum(sums) / total
     if count == 1:
         return mean, 0.0
     # A question's tokens are not independent: the variance is that of the questions' deviations (linearized ratio).
-    squares = math.fsum((answer.nll - mean * answer.tokens) ** 2 for answer in answers)
-    return mean, math.sqrt(squares * count / (count - 1)) / tokens
+    squares = math.fsum((value - mean * length) ** 2 for value, length in zip(sums, tokens, strict=True))
+    return mean, math.sqrt(squares * count / (count - 1)) / total
 
 
 def _easyvqa(split: str) -> list[Question]:

@@ -24,7 +24,8 @@ def row(method: str = "rtn", scheme: str = "W4A8", **changes: Any) -> Row:
 
 def test_rows_have_exactly_these_keys() -> None:
     keys = "method scheme backend task n accuracy stderr nll effective_bits calibration_s"
-    assert list(asdict(row())) == keys.split()
+    more = "nll_stderr kl kl_stderr calib_samples seed"
+    assert list(asdict(row())) == keys.split() + more.split()
 
 
 def test_floats_are_rounded() -> None:
@@ -115,12 +116,12 @@ def test_markdown_keeps_the_rows_of_a_scheme_together(tmp_path: Path) -> None:
     assert render_markdown(several(tmp_path)).splitlines() == [
         "tiny, easyvqa, ort-native",
         "",
-        "| scheme | method | n | accuracy % | NLL | bits | calib. s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| none | fp32 | 9673 | 99.89 ± 0.03 | 0.00099 | 32.00 | 0 |",
-        "| W4A8 | rtn | 9673 | 99.89 ± 0.03 | 0.01235 | 4.00 | 12 |",
-        "| W4A8 | splitq | 9673 | 99.89 ± 0.03 | 0.01235 | 4.00 | 12 |",
-        "| W3A2 | rtn | 9673 | 99.89 ± 0.03 | 0.01235 | 4.00 | 12 |",
+        "| scheme | method | n | accuracy % | NLL | KL | bits | calib. s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| none | fp32 | 9673 | 99.89 ± 0.03 | 0.00099 | 0 | 32.00 | 0 |",
+        "| W4A8 | rtn | 9673 | 99.89 ± 0.03 | 0.01235 | 0 | 4.00 | 12 |",
+        "| W4A8 | splitq | 9673 | 99.89 ± 0.03 | 0.01235 | 0 | 4.00 | 12 |",
+        "| W3A2 | rtn | 9673 | 99.89 ± 0.03 | 0.01235 | 0 | 4.00 | 12 |",
     ]
 
 

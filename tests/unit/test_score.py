@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from splitq_edge.errors import SplitQError
+from splitq_edge.errors import ArtifactError, SplitQError
 from splitq_edge.evaluate.backends import CHUNK_IMAGES, CHUNK_QUESTIONS, answer_all, chunks
-from splitq_edge.evaluate.likelihood import force
+from splitq_edge.evaluate.likelihood import TopTokens, divergence, force, load_reference, save_reference, top_tokens
 from splitq_edge.evaluate.tasks import Answer, Question, score
 
 
@@ -104,7 +104,8 @@ def test_chunks_keep_order_and_limits(counts: list[int], sizes: list[int]) -> No
 
 def test_answers_come_in_the_order_of_the_questions_and_progress_counts_them() -> None:
     class Echo:
-        def answer(self, questions: list[Question]) -> list[Answer]:
+        def answer(self, questions: list[Question], references: object = None) -> list[Answer]:
+            assert references is None
             return [Answer(asked.text, 0.0, 1) for asked in questions]
 
     questions = [question(index // 3, text=str(index)) for index in range(200)]
@@ -113,3 +114,40 @@ def test_answers_come_in_the_order_of_the_questions_and_progress_counts_them() -
     assert [answer.text for answer in answers] == [str(index) for index in range(200)]
     assert sum(done) == 200
     assert len(done) > 1
+
+
+def test_divergence_is_the_kl_of_small_vocabularies() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(3, 11, generator=generator).double().mul(3).log_softmax(-1) for _ in range(2))
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    assert divergence(top_tokens(p.numpy()), q.numpy()) == pytest.approx(float(expected), rel=1e-5)
+    assert divergence(top_tokens(p.numpy()), p.numpy()) == pytest.approx(0, abs=1e-6)
+
+
+def test_divergence_of_a_large_vocabulary_merges_the_tail() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(2, 500, generator=generator).double().mul(3).log_softmax(-1) for _ in range(2))
+    whole = float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
+    kept = divergence(top_tokens(p.numpy()), q.numpy())
+    assert 0.5 * whole < kept < whole
+
+
+def test_divergence_is_reported_only_if_every_answer_has_one() -> None:
+    answers = [Answer("red", 1.0, 2, kl=0.5), Answer("red", 1.0, 2, kl=0.1)]
+    table = score([question(0)] * 2, answers)
+    assert table["kl"] == pytest.approx(0.15)
+    assert "kl" not in score([question(0)] * 2, [answers[0], Answer("red", 1.0, 2)])
+
+
+def test_reference_file_is_read_back_and_bound_to_its_questions(tmp_path: Path) -> None:
+    rows = [TopTokens(np.full((n, 3), n, np.int32), np.full((n, 3), -n, np.float32)) for n in (1, 4, 2)]
+    path = tmp_path / "float.npz"
+    save_reference(path, "easyvqa, 3 questions", rows)
+    for got, row in zip(load_reference(path, "easyvqa, 3 questions"), rows, strict=True):
+        np.testing.assert_array_equal(got.ids, row.ids)
+        np.testing.assert_array_equal(got.logprobs, row.logprobs)
+    with pytest.raises(ArtifactError, match="expected answers to other"):
+        load_reference(path, "other")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="expected a file of --save-reference"):
+        load_reference(path, "easyvqa, 3 questions")

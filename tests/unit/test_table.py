@@ -50,6 +50,11 @@ class Fakes:
         assert (Path(options.model) / EXPORT_FILE).is_file()
         assert options.backend == "ort"
         values = {"n": options.limit or QUESTIONS, "accuracy": 0.75, "stderr": 0.01, "nll": 0.5, "nll_stderr": 0.1}
+        if options.save_reference is not None:
+            options.save_reference.write_bytes(b"")
+        else:
+            assert options.reference.is_file()
+            values |= {"kl": 0.25, "kl_stderr": 0.01}
         return {"effective_bits": 4.1, "tasks": {options.task: values}}
 
 
@@ -86,6 +91,11 @@ def rows(tmp_path: Path) -> list[dict[str, Any]]:
 ALL = [("fp32", "none"), ("rtn", "W4A8"), ("splitq", "W4A8"), ("rtn", "W3A3"), ("splitq", "W3A3")]
 
 
+def exports(tmp_path: Path) -> list[str]:
+    """What lies in the work folder beside the float model's answers."""
+    return sorted(path.name for path in (tmp_path / "work").iterdir() if path.suffix != ".npz")
+
+
 def test_every_method_is_measured_at_every_scheme_after_the_float_model(
     run: Callable[..., Result], fakes: Fakes, tmp_path: Path
 ) -> None:
@@ -103,6 +113,11 @@ def test_every_method_is_measured_at_every_scheme_after_the_float_model(
         "nll": 0.5,
         "effective_bits": 4.1,
         "calibration_s": 12.3,
+        "nll_stderr": 0.1,
+        "kl": 0.25,
+        "kl_stderr": 0.01,
+        "calib_samples": 7,
+        "seed": 3,
     }
     assert {(options.calib, options.calib_samples, options.seed) for options in fakes.options} == {("easyvqa", 7, 3)}
     assert result.output.count("75.00 ± 1.00") == len(ALL)
@@ -111,7 +126,7 @@ def test_every_method_is_measured_at_every_scheme_after_the_float_model(
 def test_exports_are_deleted_after_their_evaluation(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
     run()
     assert len(set(fakes.folders)) == len(ALL)
-    assert list((tmp_path / "work").iterdir()) == []
+    assert exports(tmp_path) == []
 
 
 def test_exports_are_kept_on_demand_and_replaced_by_the_next(
@@ -120,7 +135,7 @@ def test_exports_are_kept_on_demand_and_replaced_by_the_next(
     names = [f"tiny-{method}-{scheme}" for method, scheme in ALL]
     for _ in range(2):
         assert run("--keep", "--redo").exit_code == 0
-        assert sorted(path.name for path in (tmp_path / "work").iterdir()) == sorted(names)
+        assert exports(tmp_path) == sorted(names)
         assert all((tmp_path / "work" / name / EXPORT_FILE).is_file() for name in names)
 
 
@@ -144,6 +159,19 @@ def test_rows_of_the_file_are_kept(run: Callable[..., Result], fakes: Fakes, tmp
     assert {scheme for _, scheme in fakes.exported} == {"W3A3"}
     assert rows(tmp_path)[: len(before)] == before
     assert len(rows(tmp_path)) == len(ALL)
+
+
+def test_float_model_is_asked_again_if_its_answers_are_gone(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    run("--schemes", "W4A8")
+    fakes.exported.clear()
+    (tmp_path / "work" / "tiny-easyvqa.reference.npz").unlink()
+    run("--schemes", "W4A8")
+    assert fakes.exported == []  # nothing waits for them
+    run()
+    assert fakes.exported[0] == ("fp32", "none")
+    assert len(fakes.exported) == 3
 
 
 def test_redo_measures_them_again(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
@@ -182,7 +210,7 @@ def test_failed_export_is_a_line_and_the_others_go_on(
     assert line in result.stdout.splitlines()
     assert result.stderr.startswith("error: 1 rows could not be measured")
     assert [(row["method"], row["scheme"]) for row in rows(tmp_path)] == [pair for pair in ALL if pair != ALL[1]]
-    assert list((tmp_path / "work").iterdir()) == []
+    assert exports(tmp_path) == []
     fakes.fail.clear()
     fakes.exported.clear()
     assert run().exit_code == 0
@@ -195,7 +223,7 @@ def test_failed_evaluation_is_a_line_too(run: Callable[..., Result], fakes: Fake
     assert result.exit_code == 1
     assert result.stdout.count("error: ") == len(ALL)
     assert not (tmp_path / "results.json").exists()
-    assert list((tmp_path / "work").iterdir()) == []
+    assert exports(tmp_path) == []
 
 
 def test_interrupted_table_keeps_its_rows_and_leaves_no_folder(
@@ -205,18 +233,18 @@ def test_interrupted_table_keeps_its_rows_and_leaves_no_folder(
     result = run()
     assert result.exit_code == 130
     assert [(row["method"], row["scheme"]) for row in rows(tmp_path)] == ALL[:3]
-    assert list((tmp_path / "work").iterdir()) == []
+    assert exports(tmp_path) == []
 
 
 def test_leftovers_of_a_killed_table_are_removed(run: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "work" / ".tiny-rtn-W4A8" / "tiny-rtn-W4A8.calibration").mkdir(parents=True)
     assert run().exit_code == 0
-    assert list((tmp_path / "work").iterdir()) == []
+    assert exports(tmp_path) == []
 
 
 def test_markdown_is_printed_on_demand(run: Callable[..., Result]) -> None:
     output = run("--markdown").output
-    assert "| W3A3 | splitq | 20 | 75.00 ± 1.00 | 0.5 | 4.10 | 12 |" in output
+    assert "| W3A3 | splitq | 20 | 75.00 ± 1.00 | 0.5 | 0.25 | 4.10 | 12 |" in output
 
 
 def test_missing_native_library_stops_before_any_export(
@@ -275,5 +303,5 @@ def test_ablation_measures_every_component_and_every_rule_once(fakes: Fakes, tmp
     found = [row["method"] for row in rows(tmp_path)]
     components = [f"components: {name}, 0 epochs" for name in ("flatquant", "+MOCD", "+CWS", "+MAC")]
     rules = [f"rules: {name}, 0 epochs" for name in ("none", "all-max", "vision-max", "text-max", "random", "mocd")]
-    assert found == components + rules
-    assert {row["scheme"] for row in rows(tmp_path)} == {"W3A2"}
+    assert found == ["fp32", *components, *rules]
+    assert {row["scheme"] for row in rows(tmp_path)[1:]} == {"W3A2"}
