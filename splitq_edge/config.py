@@ -118,8 +118,8 @@ class LearningConfig:
         transform_lr: peak learning rate of P and the channel scale.
         clip_lr: of the weight and activation clips.
         gate_lr: of the CWS and MAC gates.
-        balance: weight of the modalities in the loss: "none" (a plain mean over tokens) or "mbq" (each modality by its
-            mean absolute gradient, as MBQ does).
+        balance: weight of the tokens in the loss: "none" (a plain mean over tokens), "mbq" (each modality by its
+            mean absolute gradient, as MBQ does) or "answers" (each token by the gradient of the answers' loss).
         propagate: what a block receives while it is learned: "float" (the float model's activations) or "quantized"
             (those of the blocks already quantized).
     """
@@ -129,7 +129,7 @@ class LearningConfig:
     transform_lr: float = 5e-3
     clip_lr: float = 5e-2
     gate_lr: float = 2e-2
-    balance: str = "none"
+    balance: str = "answers"
     propagate: str = "float"
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class LearningConfig:
         _require(1 <= self.batch <= 256, "learning.batch", "1 to 256", self.batch)
         for name in ("transform_lr", "clip_lr", "gate_lr"):
             _require(0 <= getattr(self, name) <= 1, f"learning.{name}", "0 to 1", getattr(self, name))
-        _require(self.balance in ("none", "mbq"), "learning.balance", "none or mbq", self.balance)
+        _require(self.balance in ("none", "mbq", "answers"), "learning.balance", "none, mbq or answers", self.balance)
         _require(self.propagate in ("float", "quantized"), "learning.propagate", "float or quantized", self.propagate)
 
 
@@ -267,7 +267,7 @@ PRESETS: dict[str, QuantConfig] = {
         bits=3,
         activation_bits=2,
         split=_LOW_SPLIT,
-        correction=CorrectionConfig(cws_ratio=0.03, mac_ratio=0.05, residual_bits=4),
+        correction=CorrectionConfig(cws_ratio=0.03, mac_ratio=0.05, residual_bits=4, mac_rows="all"),
         **_COMMON,
     ),
 }

@@ -261,7 +261,7 @@ def _hessian(site: TrainableSite, stats: SiteStats) -> torch.Tensor | None:
     0.50 where it falls as i^-1.
     """
     rows = torch.cat([stats.text_rows, stats.vision_rows])
-    with site.context.using(None), site.observing():
+    with site.context.using(None), site.observing(rows.new_ones(rows.shape[0], 1)):
         site(rows)
     hessian = site.take_hessian()
     if hessian is not None and rows.shape[0]:

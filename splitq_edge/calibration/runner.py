@@ -148,9 +148,16 @@ class Calibration:
         self.processes.wait()
 
     def _sensitivity(self, inputs: BlockInputs) -> Sensitivity:
-        if self.config.scale != "mbq" and not (self.config.learning.epochs and self.config.learning.balance == "mbq"):
+        balance = self.config.learning.balance if self.config.learning.epochs else "none"
+        if self.config.scale != "mbq" and balance == "none":
             return {}
-        return collect_sensitivity(self.loaded, inputs, self.processes, progress=lambda: self._done("sensitivity", 1))
+        return collect_sensitivity(
+            self.loaded,
+            inputs,
+            self.processes,
+            tokens=balance == "answers",
+            progress=lambda: self._done("sensitivity", 1),
+        )
 
     def _done(self, what: str, steps: int) -> None:
         if self.progress is not None:
@@ -172,6 +179,8 @@ class Calibration:
         stats = self._observe(index, block, inputs, samples)
         sites = self._trainable_sites(index, block, stats, sensitivity)
         quantized = self.config.learning.propagate == "quantized"
+        learning = self.config.learning
+        importance = f"importance-{index}" if learning.epochs and learning.balance == "answers" else None
         task = BlockTask(
             block,
             list(sites.values()),
@@ -180,6 +189,7 @@ class Calibration:
             self.loaded.context,
             self.processes,
             self._modality_weights(index, sensitivity),
+            importance,
         )
         errors: dict[str, float] = {}
         if self.config.learning.epochs:
@@ -261,12 +271,13 @@ class Calibration:
     ) -> list[tuple[str, TrainableSite, torch.Tensor | None]]:
         if self.config.rounding == "nearest":
             return [(name, site, None) for name, site in sites.items()]
-        with ExitStack() as stack, torch.no_grad():
-            for site in sites.values():
-                stack.enter_context(site.observing())
-            for number in task.inputs.own:
-                hidden = task.inputs.get(task.stream, number)
-                block_output(task.block, hidden, task.inputs.batch(number), self.loaded.context)
+        for number in task.inputs.own:
+            batch = task.inputs.batch(number)
+            weights = task.weights(number) if self.config.learning.epochs else batch.keep.unsqueeze(-1).float()
+            with ExitStack() as stack, torch.no_grad():
+                for site in sites.values():
+                    stack.enter_context(site.observing(weights))
+                block_output(task.block, task.inputs.get(task.stream, number), batch, self.loaded.context)
         found: list[tuple[str, TrainableSite, torch.Tensor | None]] = []
         for name, site in sites.items():
             width = site.weight.shape[0]

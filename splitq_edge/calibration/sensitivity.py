@@ -23,6 +23,7 @@ def collect_sensitivity(
     inputs: BlockInputs,
     processes: Processes,
     *,
+    tokens: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> Sensitivity:
     """Mean absolute gradient of the answers' loss at every site's output and every block's output (MBQ).
@@ -35,12 +36,14 @@ def collect_sensitivity(
         loaded: the float model.
         inputs: the stream "float" holds what the first block receives; left as it was.
         processes: who shares the samples.
+        tokens: also keep every token's importance at every block's output, see `token_importance`, in the stream
+            "importance-<index>" of `inputs`; the gradients of all batches are taken then.
         progress: called after every block of either pass.
 
     Returns:
         (text, vision) by site name and by "block.<index>"; 1 for a modality that did not occur.
     """
-    numbers = [number for number in inputs.own if number < MAX_BATCHES]
+    numbers = [number for number in inputs.own if tokens or number < MAX_BATCHES]
     for number in numbers:
         inputs.put("pass-0", number, inputs.get("float", number))
     with torch.no_grad():
@@ -58,6 +61,9 @@ def collect_sensitivity(
     for index in reversed(range(loaded.block_count)):
         block = loaded.block(index)
         for number in numbers:
+            if tokens:
+                importance = token_importance(gradients[number], inputs.batch(number).keep)
+                inputs.put(f"importance-{index}", number, importance)
             gradients[number] = _backward(loaded, inputs, block, index, number, gradients[number], sums)
             inputs.store.drop(f"pass-{index + 1}-{number}")
         del block
@@ -66,6 +72,23 @@ def collect_sensitivity(
     for number in numbers:
         inputs.store.drop(f"pass-0-{number}")
     return _averages(loaded, sums, processes)
+
+
+def token_importance(gradient: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """How much each token of a sample matters to its answer, relative to the sample's mean.
+
+    Args:
+        gradient: of the answers' loss at a block's output, [batch, sequence, hidden].
+        keep: [batch, sequence] bool, False for padding.
+
+    Returns:
+        [batch, sequence] float32, mean 1 over the kept tokens of every sample, 0 for padding: half of it the norm of
+        the token's gradient, half of it equal for all, because later blocks and other questions need the other tokens.
+    """
+    norm = gradient.norm(dim=-1) * keep
+    count = keep.sum(-1, keepdim=True).clamp(min=1)
+    relative = norm * count / norm.sum(-1, keepdim=True).clamp(min=1e-30)
+    return (relative + 1) / 2 * keep
 
 
 def _loss_gradients(

@@ -103,6 +103,7 @@ class _Chunk:
         self._pictures = list(pictures.values())
         self._processor = prompts.processor
         number = {path: index for index, path in enumerate(pictures)}
+        known: Sequence[TopTokens | None] = [None] * len(questions) if references is None else references
         self.asked = [
             _Asked(
                 number[question.image],
@@ -110,7 +111,7 @@ class _Chunk:
                 prompts.answer(question.text, question.answer),
                 reference,
             )
-            for question, reference in zip(questions, references or [None] * len(questions), strict=True)
+            for question, reference in zip(questions, known, strict=True)
         ]
 
     def pixels(self) -> np.ndarray:

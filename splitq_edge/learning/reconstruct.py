@@ -41,6 +41,7 @@ class BlockTask:
         context: carries the modality mask.
         processes: who learns with us.
         modality_weights: weight of text and of vision tokens in the loss.
+        importance: stream of `inputs` with a factor of every token's weight, None for ones.
     """
 
     block: nn.Module
@@ -50,12 +51,20 @@ class BlockTask:
     context: ModalityContext
     processes: Processes
     modality_weights: tuple[float, float] = (1.0, 1.0)
+    importance: str | None = None
+
+    def weights(self, number: int) -> torch.Tensor:
+        """Weight of every token of a batch in the loss, [batch, sequence, 1], 0 for padding."""
+        batch = self.inputs.batch(number)
+        hidden, target = self.inputs.get("float", number), self.inputs.get("target", number)
+        weights = token_weights(batch, hidden, target, self.modality_weights)
+        return weights if self.importance is None else weights * self.inputs.get(self.importance, number).unsqueeze(-1)
 
     def squared_error(self, number: int) -> torch.Tensor:
         """Weighted squared error of a batch, a scalar with gradient."""
         batch = self.inputs.batch(number)
         target = self.inputs.get("target", number)
-        weights = token_weights(batch, self.inputs.get("float", number), target, self.modality_weights)
+        weights = self.weights(number)
         output = block_output(self.block, self.inputs.get(self.stream, number), batch, self.context)
         return ((output - target).square() * weights).sum()
 
@@ -152,7 +161,7 @@ def _energy(task: BlockTask) -> float:
     total = torch.zeros((), device=task.inputs.device)
     for number in task.inputs.own:
         hidden, target = task.inputs.get("float", number), task.inputs.get("target", number)
-        weights = token_weights(task.inputs.batch(number), hidden, target, task.modality_weights)
+        weights = task.weights(number)
         total += ((target - hidden).square() * weights).sum()
     return max(float(task.processes.sum(total)), 1e-12)
 

@@ -171,7 +171,7 @@ class TrainableSite(nn.Module):
                 self.groups[group] = TrainableGroup(place, outputs, _setting(config, group), config.transform, device)
             begin += width
         self._hessian: torch.Tensor | None = None
-        self._observing = False
+        self._row_weights: torch.Tensor | None = None
         self._start_low_rank()
         if inputs is not None:
             self._start_clips(inputs)
@@ -302,19 +302,22 @@ class TrainableSite(nn.Module):
         return term * (self.context.mask == TEXT).float().reshape(*term.shape[:-1], 1)
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Within the block, forwards add A^T A of the quantized activations to the matrix that GPTQ uses."""
-        self._observing = True
+    def observing(self, weights: torch.Tensor) -> Iterator[None]:
+        """Within the block, forwards add A^T diag(w) A of the quantized activations to the matrix that GPTQ uses.
+
+        Args:
+            weights: w of every token, [batch, sequence, 1], 0 for padding.
+        """
+        self._row_weights = weights
         try:
             yield
         finally:
-            self._observing = False
+            self._row_weights = None
 
     def _observe(self, activations: torch.Tensor) -> None:
-        if not self._observing:
+        if self._row_weights is None:
             return
-        keep = self.context.keep
-        rows = activations.reshape(-1, activations.shape[-1]) if keep is None else activations[keep]
+        rows = (activations * self._row_weights.sqrt()).reshape(-1, activations.shape[-1])
         product = rows.T @ rows
         self._hessian = product if self._hessian is None else self._hessian.add_(product)
 

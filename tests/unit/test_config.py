@@ -58,7 +58,7 @@ ALLOWED = [
     ("learning.", "transform_lr", [0, 1], [-0.1, 1.1, float("nan")]),
     ("learning.", "clip_lr", [0, 1], [-0.1, 1.1, float("nan")]),
     ("learning.", "gate_lr", [0, 1], [-0.1, 1.1, float("nan")]),
-    ("learning.", "balance", ["none", "mbq"], ["", "gradient", None]),
+    ("learning.", "balance", ["none", "mbq", "answers"], ["", "gradient", None]),
     ("learning.", "propagate", ["float", "quantized"], ["", "both", None]),
 ]
 GOOD = [(prefix, name, value) for prefix, name, good, _ in ALLOWED for value in good]
