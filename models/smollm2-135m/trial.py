@@ -166,6 +166,7 @@ def _sample(ids: list[int], modality: int) -> dict[str, torch.Tensor]:
     return {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
+        "answer": torch.ones_like(tokens, dtype=torch.bool),
         "modality": torch.full_like(tokens, modality, dtype=torch.int8),
     }
 

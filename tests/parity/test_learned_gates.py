@@ -20,9 +20,7 @@ from splitq_edge.parallel import Processes
 MODEL = Path(__file__).parents[2] / "models" / "easyvqa-tiny"
 SAMPLES = 24
 EPOCHS = 8
-# Of the sites. A gate moves what is left to be rounded, so the objective is rugged in it: here 14 of 16 CWS gates and
-# 12 of 16 MAC gates are better than ones, all other values as learned. The aim is 0.9 for both.
-SHARE = {"cws": 0.7, "mac": 0.6}
+SHARE = 0.9  # of the sites, all other values as learned
 
 
 def errors_with_fixed_gates(task: BlockTask) -> dict[str, dict[str, float]]:
@@ -64,4 +62,4 @@ def test_learned_cws_and_mac_beat_the_fixed_svd_at_most_sites(tmp_path: Path, mo
     run.run(encoded, finished=state.start(resume=False))
     shares = {branch: sum(marks) / len(marks) for branch, marks in better.items()}
     assert all(len(marks) == 16 for marks in better.values())
-    assert all(share >= SHARE[branch] for branch, share in shares.items()), shares
+    assert all(share >= SHARE for share in shares.values()), shares
