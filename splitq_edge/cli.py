@@ -34,7 +34,7 @@ EXTRAS = {
 PATH = click.Path(path_type=Path)
 # The keys of methods.registry.METHODS; a test keeps them equal.
 METHOD_NAMES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "quarot", "flatquant", "splitq")
-ABLATIONS = ("components", "rules", "mac")  # methods.ablation.TABLES
+ABLATIONS = ("components", "rules", "mac", "options")  # methods.ablation.TABLES
 
 
 class _Bytes(click.ParamType):
@@ -284,7 +284,8 @@ def table(methods: tuple[str, ...], schemes: tuple[str, ...], **options: Any) ->
     show_default=True,
     callback=_names(ABLATIONS),
     metavar="NAMES",
-    help="components: flatquant, +MOCD, +CWS, +MAC; rules: how channels are chosen; mac: the rows it works on.",
+    help="components: flatquant, +MOCD, +CWS, +MAC; rules: how channels are chosen; mac: the rows it works on; "
+    "options: the recipe's settings, one changed at a time.",
 )
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs of learning instead of the preset's; 0: none.")
 @click.option("--transform", type=click.Choice(TRANSFORMS), help="Start of the transform instead of the preset's.")

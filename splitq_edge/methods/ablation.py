@@ -1,12 +1,18 @@
-"""The paper's ablations as recipes: components one after the other (table 6) and rules of channel choice (table 4)."""
+"""Ablations as recipes.
+
+The paper's: components one after the other (table 6), rules of channel choice (table 4), the rows of MAC (table 5). And
+every option that it leaves open against the default.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from splitq_edge.config import CHANNEL_RULES, CorrectionConfig, QuantConfig, SplitConfig
 
-TABLES = ("components", "rules", "mac")
+TABLES = ("components", "rules", "mac", "options")
 
 
 def ablation_recipes(config: QuantConfig, table: str) -> dict[str, QuantConfig]:
@@ -15,7 +21,8 @@ def ablation_recipes(config: QuantConfig, table: str) -> dict[str, QuantConfig]:
     Args:
         config: SplitQ's recipe at a scheme; what a table does not vary stays as it is there.
         table: "components" (flatquant, +MOCD, +CWS, +MAC), "rules" (no split, then every rule of choice, without
-            correction as in the paper) or "mac" (no MAC, text rows, all rows).
+            correction as in the paper), "mac" (no MAC, text rows, all rows) or "options" (the recipe, then the recipe
+            with one setting changed at a time).
 
     Raises:
         KeyError: unknown table.
@@ -35,4 +42,35 @@ def ablation_recipes(config: QuantConfig, table: str) -> dict[str, QuantConfig]:
             **{rows: replace(config, correction=replace(config.correction, mac_rows=rows)) for rows in ("text", "all")},
         },
     }
+    tables["options"] = {"default": config, **dict(_options(config))}
     return tables[table]
+
+
+def _options(config: QuantConfig) -> Iterator[tuple[str, QuantConfig]]:
+    """The recipe with each option at each of its other values, by "setting=value"."""
+    changes: dict[str, tuple[Any, ...]] = {
+        "learning.balance": ("none", "mbq", "answers"),
+        "learning.propagate": ("float", "quantized"),
+        "rounding": ("nearest", "gptq"),
+        "clip.weight": ("none", "search"),
+        "clip.activation": ("none", "search"),
+        "scale": ("none", "smoothquant"),
+        "correction.mac_rows": ("text", "all"),
+        "group_size": (0, 64),
+        "activation_symmetric": (True, False) if config.activation_bits < 8 else (True,),
+        "kv_cache_bits": (0, 8, 4),
+        "vision": ("none", "W8A8", "W4A8", "W4A4"),
+        "lm_head": ("none", "W8A8", "W4A8"),
+    }
+    for setting, values in changes.items():
+        for value in values:
+            changed = _changed(config, setting, value)
+            if changed != config:
+                yield f"{setting}={value}", changed
+
+
+def _changed(config: QuantConfig, setting: str, value: Any) -> QuantConfig:
+    section, _, name = setting.rpartition(".")
+    if not section:
+        return replace(config, **{name: value})
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})

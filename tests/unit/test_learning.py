@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from builders import calibrated, chat_batches, no_split, random_linears, random_
 
 from splitq_edge.calibration.block_inputs import BlockBatch, padded_batches
 from splitq_edge.config import CorrectionConfig, LearningConfig, QuantConfig, preset
+from splitq_edge.learning import reconstruct
 from splitq_edge.learning.invertible import InvertibleMatrix
 from splitq_edge.learning.reconstruct import token_weights
 from splitq_edge.learning.site import TrainableSite, merged_weight
@@ -131,6 +133,32 @@ def test_loss_caps_tokens_with_huge_updates_and_ignores_padding() -> None:
     torch.testing.assert_close(weights.flatten(), torch.tensor([0.0, 1 / 5000, 1.0, 1.0, 1.0]))
     balanced = token_weights(batch, hidden, target, (0.5, 1.5))
     torch.testing.assert_close(balanced.flatten(), torch.tensor([0.0, 0.5 / 5000, 1.5, 0.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("learned", "optimum", "expected"),
+    [
+        (1.4, 1.3, 1.4),  # better than the start: stays, whatever may be better still
+        (1.4, 1.15, 1.2),
+        (1.4, 0.85, 0.8),
+        (1.4, 1.0, 1.0),
+    ],
+)
+def test_gates_that_lose_to_their_start_are_moved(
+    learned: float, optimum: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving, good = torch.nn.Parameter(torch.full((2,), learned)), torch.nn.Parameter(torch.full((3,), 1.5))
+    site = SimpleNamespace(cws_rank=2, gate_cws=moving, mac_rank=3, gate_mac=good)
+    bare = SimpleNamespace(cws_rank=0, mac_rank=0)
+
+    def error(_task: object, scale: float) -> float:
+        return scale * float((moving - optimum).square().sum() + (good - 1.5).square().sum())
+
+    monkeypatch.setattr(reconstruct, "block_error", error)
+    found = reconstruct.settle_gates(SimpleNamespace(sites=[bare, site]), 0.5)  # type: ignore[arg-type]
+    torch.testing.assert_close(moving.detach(), torch.full((2,), expected))
+    torch.testing.assert_close(good.detach(), torch.full((3,), 1.5))
+    assert found == pytest.approx(error(None, 0.5))
 
 
 def samples_of(*lengths: int) -> list[dict[str, torch.Tensor]]:

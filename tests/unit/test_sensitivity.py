@@ -11,7 +11,7 @@ from torch import nn
 
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.block_inputs import BlockInputs, first_block_inputs, padded_batches
-from splitq_edge.calibration.sensitivity import Sensitivity, collect_sensitivity
+from splitq_edge.calibration.sensitivity import Sensitivity, collect_sensitivity, token_importance
 from splitq_edge.loading import LoadedModel, load_model
 from splitq_edge.modality import modality_of
 from splitq_edge.parallel import Processes
@@ -130,3 +130,31 @@ def test_answer_tokens_alone_make_the_loss(expected: Sensitivity, tmp_path: Path
     without = [{k: v for k, v in sample.items() if k != "answer"} for sample in samples()]
     found, _ = block_by_block(tiny_loaded(), without, tmp_path)
     assert all(found[name] != pytest.approx(values, rel=1e-2) for name, values in expected.items())
+
+
+def test_importance_of_tokens_is_half_their_gradient_and_half_the_same_for_all() -> None:
+    gradient = torch.tensor([[[9.0, 9.0], [3.0, 4.0], [0.0, 0.0], [0.0, 1.0]], [[0.0] * 2] * 4])
+    keep = torch.tensor([[False, True, True, True], [True] * 4])
+    importance = token_importance(gradient, keep)
+    # norms 5, 0 and 1 have mean 2; a sample without gradient weighs its tokens alike
+    torch.testing.assert_close(importance[0], torch.tensor([0.0, 1.75, 0.5, 0.75]))
+    torch.testing.assert_close(importance[1], torch.full((4,), 0.5))
+
+
+def test_importance_is_kept_for_every_block_and_batch(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    batches = padded_batches(samples(), 2, 0, ALONE)
+    with loaded.outside_blocks():
+        inputs = first_block_inputs(loaded, batches, ActivationStore(tmp_path))
+    collect_sensitivity(loaded, inputs, ALONE, tokens=True)
+    for index in range(loaded.block_count):
+        for number in inputs.own:
+            importance = inputs.get(f"importance-{index}", number)
+            keep = inputs.batch(number).keep
+            assert importance.shape == keep.shape
+            assert (importance[~keep] == 0).all()
+            torch.testing.assert_close(importance.sum(-1), keep.sum(-1).float())
+    # the last block's output matters only where an answer is predicted
+    last = inputs.get(f"importance-{loaded.block_count - 1}", 0)
+    assert (last == 0.5).any()
+    assert (last > 1).any()
