@@ -25,10 +25,10 @@ trial-smollm2: $(STAMP)
 	$(BIN)/python models/smollm2-135m/trial.py --work build/smollm2-135m
 
 test: $(DEV_STAMP)
-	SPLITQ_EXPECT_NATIVE=1 $(BIN)/python -m pytest -q
+	SPLITQ_EXPECT_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope
 
 test-fast: $(DEV_STAMP)
-	SPLITQ_EXPECT_NATIVE=1 $(BIN)/python -m pytest -q -m "not slow"
+	SPLITQ_EXPECT_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow"
 
 # Builds the wheel, installs it without torch and runs the demo's export with it.
 test-wheel: $(STAMP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -13,6 +14,7 @@ from splitq_edge.cli import METHOD_NAMES
 from splitq_edge.config import PRESETS, ClipConfig, CorrectionConfig, LearningConfig, QuantConfig, SplitConfig, preset
 from splitq_edge.convert import QuantizedModel
 from splitq_edge.errors import SplitQError
+from splitq_edge.methods.ablation import ablation_recipes
 from splitq_edge.methods.registry import METHODS, method_config
 from splitq_edge.modules.split_linear import SplitLinear
 
@@ -137,3 +139,24 @@ def test_exported_peers_have_ops_without_outlier_groups_and_correction(
             assert plain == (name != "splitq"), name
         inputs = {value.name for value in graph.input}
         assert ("modality" in inputs) == (name == "splitq")
+
+
+@pytest.mark.parametrize("scheme", list(PRESETS))
+def test_option_rows_change_one_setting_each(scheme: str) -> None:
+    config = preset(scheme)
+    recipes = ablation_recipes(config, "options")
+    assert recipes.pop("default") == config
+    assert len(set(map(str, recipes.values()))) == len(recipes)
+    for label, recipe in recipes.items():
+        setting, _, value = label.partition("=")
+        before, after = flat(config), flat(recipe)
+        assert {name for name in before if before[name] != after[name]} == {setting}, label
+        assert str(after[setting]) == value
+
+
+def flat(config: QuantConfig) -> dict[str, Any]:
+    """Settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found
