@@ -18,6 +18,7 @@ from splitq_edge.splitting.plan import outlier_width
 
 # Passes over a block's weight that one learning step makes (fake quantization, transform, CWS, and their gradients).
 WEIGHT_PASSES = 45
+GATE_PASSES = 16  # of `settle_gates`, about: each gate against its start, some more often
 PROBE = 768  # side of the square product that measures the processor
 
 
@@ -137,6 +138,10 @@ def _block_seconds(weights: int, config: QuantConfig, tokens: int, samples: int)
     epochs = config.learning.epochs
     steps = epochs * -(-samples // config.learning.batch)
     passes = 3 + 3 * epochs + (1 if config.rounding == "gptq" else 0)  # forward, and twice that backward
+    if epochs and config.learning.balance != "none":
+        passes += 4  # forward, and once more to go back
+    if epochs and (config.correction.cws_ratio or config.correction.mac_ratio):
+        passes += GATE_PASSES
     a = torch.ones(PROBE, PROBE)
     product = _seconds(lambda: a @ a) / (2 * PROBE**3)
     addition = _seconds(lambda: a + a) / PROBE**2
