@@ -78,11 +78,16 @@ function(splitq_add_kernels name)
   endif()
   if(SPLITQ_HAS_NEON)  # plain NEON needs no flag on ARM64
     target_sources(${name} PRIVATE ${neon} ${dotprod} ${i8mm})
-    set_source_files_properties(${neon} PROPERTIES COMPILE_OPTIONS "-fno-exceptions")
+    set(options -fno-exceptions)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+      # It moves loads ahead before registers are given out; the sums of a tile then go to memory.
+      list(APPEND options -fno-schedule-insns)
+    endif()
+    set_source_files_properties(${neon} PROPERTIES COMPILE_OPTIONS "${options}")
     set_source_files_properties(${dotprod} PROPERTIES
-      COMPILE_OPTIONS "-march=armv8.2-a+dotprod;-fno-exceptions")
+      COMPILE_OPTIONS "-march=armv8.2-a+dotprod;${options}")
     set_source_files_properties(${i8mm} PROPERTIES
-      COMPILE_OPTIONS "-march=armv8.2-a+i8mm;-fno-exceptions")
+      COMPILE_OPTIONS "-march=armv8.2-a+i8mm;${options}")
     target_compile_definitions(${name} PRIVATE SPLITQ_NEON)
   endif()
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)

@@ -29,10 +29,9 @@ struct Quads {
 
 SPLITQ_INLINE Quads BroadcastCodes(const int8_t* codes) {
   const int32x4_t all = vreinterpretq_s32_s8(vld1q_s8(codes));
-  return {vreinterpretq_s8_s32(vdupq_laneq_s32(all, 0)),
-          vreinterpretq_s8_s32(vdupq_laneq_s32(all, 1)),
-          vreinterpretq_s8_s32(vdupq_laneq_s32(all, 2)),
-          vreinterpretq_s8_s32(vdupq_laneq_s32(all, 3))};
+  return {
+      vreinterpretq_s8_s32(vdupq_laneq_s32(all, 0)), vreinterpretq_s8_s32(vdupq_laneq_s32(all, 1)),
+      vreinterpretq_s8_s32(vdupq_laneq_s32(all, 2)), vreinterpretq_s8_s32(vdupq_laneq_s32(all, 3))};
 }
 
 template <int bits>
@@ -63,10 +62,9 @@ void Tile<bits, rows>::Add(const uint8_t* step, const int8_t* codes, int64_t str
   for (int m = 0; m < rows; ++m) four[m] = BroadcastCodes(codes + m * stride);
   for (int n = 0; n < kQuarters; ++n) {
     const uint8_t* quarter = step + n * kQuarterBytes;
-    const Quads weights{LoadWeights<bits, 4 * chunk>(quarter),
-                        LoadWeights<bits, 4 * chunk + 1>(quarter),
-                        LoadWeights<bits, 4 * chunk + 2>(quarter),
-                        LoadWeights<bits, 4 * chunk + 3>(quarter)};
+    const Quads weights{
+        LoadWeights<bits, 4 * chunk>(quarter), LoadWeights<bits, 4 * chunk + 1>(quarter),
+        LoadWeights<bits, 4 * chunk + 2>(quarter), LoadWeights<bits, 4 * chunk + 3>(quarter)};
     for (int m = 0; m < rows; ++m) AddQuads<bits>(weights, four[m], low[m][n], high[m][n]);
   }
 }

@@ -141,8 +141,8 @@ SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t m) {
   const int8_t* codes = product.codes + m * product.codes_stride;
   int32_t begin[Tile::kRows];
   for (int i = 0; i < Tile::kRows; ++i) {
-    begin[i] = BeginSum<Tile::kBits>(codes + i * product.codes_stride, product.k_begin,
-                                     product.k_end);
+    begin[i] =
+        BeginSum<Tile::kBits>(codes + i * product.codes_stride, product.k_begin, product.k_end);
   }
   for (int quarter = 0; quarter < kQuarters; quarter += Tile::kWidth) {
     Tile tile{};

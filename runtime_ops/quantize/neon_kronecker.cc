@@ -60,8 +60,8 @@ void FewColumns(const Product& p, int64_t count) {
     for (int64_t j = 0; j < p.columns; ++j) {
       float sum = 0.0f;
       for (int64_t k = 0; k < p.depth; ++k) {
-        sum = __builtin_fmaf(p.left[i * p.row_step + k * p.k_step], p.right[k * p.columns + j],
-                             sum);
+        sum =
+            __builtin_fmaf(p.left[i * p.row_step + k * p.k_step], p.right[k * p.columns + j], sum);
       }
       p.out[i * p.columns + j] = sum;
     }

@@ -1,8 +1,8 @@
 // Reads: float rows. Tile: 8 values, 16 for codes; the values left over one by one. Features: NEON,
 // no fused multiply-add: the contract rounds product and difference one after the other.
 // Exactness: the bits of the scalar form, because each lane does the same operations and extremes
-// do not depend on their order. fmin and fmax would let NaNs and negative zeros through, so extremes
-// are compared and selected; fminnm and fmaxnm of a product with a NaN give the bound.
+// do not depend on their order. fmin and fmax would let NaNs and negative zeros through, so
+// extremes are compared and selected; fminnm and fmaxnm of a product with a NaN give the bound.
 // Idea: the scalar loops, 4 lanes at a time.
 #include <arm_neon.h>
 
