@@ -15,6 +15,18 @@ check_cxx_source_compiles("
   #include <immintrin.h>
   int main() { return _mm256_movemask_epi8(_mm256_abs_epi8(_mm256_set1_epi8(1))); }
 " SPLITQ_HAS_AVX2)
+set(CMAKE_REQUIRED_FLAGS "-march=armv8.2-a+dotprod+i8mm")
+check_cxx_source_compiles("
+  #if !defined(__GNUC__) || !defined(__aarch64__) || defined(__AARCH64EB__)
+  #error the NEON kernels are for little-endian ARM64, GCC and Clang
+  #endif
+  #include <arm_neon.h>
+  int main() {
+    const int8x16_t ones = vdupq_n_s8(1);
+    int32x4_t sums = vdotq_laneq_s32(vdupq_n_s32(0), ones, ones, 0);
+    return vaddvq_s32(vmmlaq_s32(sums, ones, ones));
+  }
+" SPLITQ_HAS_NEON)
 unset(CMAKE_REQUIRED_FLAGS)
 
 function(splitq_add_kernels name)
@@ -42,9 +54,20 @@ function(splitq_add_kernels name)
     quantize/avx2_rows.cc
   )
   set(avx2_fma quantize/avx2_kronecker.cc)
+  set(neon
+    gemm/neon_gemm.cc
+    gemm/neon_terms.cc
+    quantize/neon_kronecker.cc
+    quantize/neon_rows.cc
+  )
+  set(dotprod gemm/dotprod_gemm.cc)
+  set(i8mm gemm/i8mm_gemm.cc)
   list(TRANSFORM sources PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx2 PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx2_fma PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM neon PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM dotprod PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM i8mm PREPEND ${SPLITQ_KERNEL_DIR}/)
   add_library(${name} OBJECT ${sources})
   if(SPLITQ_HAS_AVX2)
     target_sources(${name} PRIVATE ${avx2} ${avx2_fma})
@@ -52,6 +75,20 @@ function(splitq_add_kernels name)
     set_source_files_properties(${avx2_fma} PROPERTIES
       COMPILE_OPTIONS "-mavx2;-mfma;-fno-exceptions")
     target_compile_definitions(${name} PRIVATE SPLITQ_AVX2)
+  endif()
+  if(SPLITQ_HAS_NEON)  # plain NEON needs no flag on ARM64
+    target_sources(${name} PRIVATE ${neon} ${dotprod} ${i8mm})
+    set(options -fno-exceptions)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+      # It moves loads ahead before registers are given out; the sums of a tile then go to memory.
+      list(APPEND options -fno-schedule-insns)
+    endif()
+    set_source_files_properties(${neon} PROPERTIES COMPILE_OPTIONS "${options}")
+    set_source_files_properties(${dotprod} PROPERTIES
+      COMPILE_OPTIONS "-march=armv8.2-a+dotprod;${options}")
+    set_source_files_properties(${i8mm} PROPERTIES
+      COMPILE_OPTIONS "-march=armv8.2-a+i8mm;${options}")
+    target_compile_definitions(${name} PRIVATE SPLITQ_NEON)
   endif()
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
   splitq_compile_options(${name})

@@ -3,16 +3,20 @@
 
 namespace splitq {
 
-// Ascending: a processor that has one has those before it too.
+// Ascending within an architecture: a processor that has one has those before it too. A build has
+// kernels of one architecture.
 enum class Isa {
-  kScalar,  // plain C++
-  kAvx2,    // x86-64 with AVX2 and FMA
+  kScalar,   // plain C++
+  kAvx2,     // x86-64 with AVX2 and FMA
+  kNeon,     // ARM64
+  kDotprod,  // ARM64 with the dot products of four int8 (FEAT_DotProd)
+  kI8mm,     // ARM64 with the int8 matrix products (FEAT_I8MM), and kDotprod
 };
 
 const char* IsaName(Isa isa);
 
 // The names that SPLITQ_ISA may hold, for messages.
-inline constexpr char kIsaNames[] = "scalar or avx2";
+inline constexpr char kIsaNames[] = "scalar, avx2, neon, dotprod or i8mm";
 
 struct IsaChoice {
   Isa isa = Isa::kScalar;
@@ -20,8 +24,9 @@ struct IsaChoice {
 };
 
 // The best that this processor, its operating system and this build have, or less if the
-// environment variable SPLITQ_ISA names less: it can lower the choice, not raise it. Found out
-// once, at the first call.
+// environment variable SPLITQ_ISA names less: it can lower the choice, not raise it. A name of
+// another architecture leaves what the two have in common, the scalar kernels. Found out once, at
+// the first call.
 const IsaChoice& ChooseIsa();
 
 }  // namespace splitq

@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "gemm/avx2.h"
+#include "gemm/neon.h"
 #include "gemm/scalar.h"
 
 namespace splitq {
@@ -16,6 +17,20 @@ constexpr GemmKernel kKernels[] = {
     {"qd8_qc4w_4x16c4_avx2", Isa::kAvx2, 4, RunAvx2Bits4},
     {"qd8_qc8w_2x16c4_avx2", Isa::kAvx2, 8, RunAvx2Bits8},
 #endif
+#if defined(SPLITQ_NEON)
+    {"qd8_qc2w_8x16c8_i8mm", Isa::kI8mm, 2, RunI8mmBits2},
+    {"qd8_qc3w_8x16c8_i8mm", Isa::kI8mm, 3, RunI8mmBits3},
+    {"qd8_qc4w_8x16c8_i8mm", Isa::kI8mm, 4, RunI8mmBits4},
+    {"qd8_qc8w_8x16c8_i8mm", Isa::kI8mm, 8, RunI8mmBits8},
+    {"qd8_qc2w_8x16c4_dotprod", Isa::kDotprod, 2, RunDotprodBits2},
+    {"qd8_qc3w_8x16c4_dotprod", Isa::kDotprod, 3, RunDotprodBits3},
+    {"qd8_qc4w_8x16c4_dotprod", Isa::kDotprod, 4, RunDotprodBits4},
+    {"qd8_qc8w_8x16c4_dotprod", Isa::kDotprod, 8, RunDotprodBits8},
+    {"qd8_qc2w_2x16c4_neon", Isa::kNeon, 2, RunNeonBits2},
+    {"qd8_qc3w_2x16c4_neon", Isa::kNeon, 3, RunNeonBits3},
+    {"qd8_qc4w_2x16c4_neon", Isa::kNeon, 4, RunNeonBits4},
+    {"qd8_qc8w_2x16c4_neon", Isa::kNeon, 8, RunNeonBits8},
+#endif
     {"qd8_qc2w_1x16c4_scalar", Isa::kScalar, 2, RunScalar2},
     {"qd8_qc3w_1x16c4_scalar", Isa::kScalar, 3, RunScalar3},
     {"qd8_qc4w_1x16c4_scalar", Isa::kScalar, 4, RunScalar4},
@@ -25,6 +40,9 @@ constexpr GemmKernel kKernels[] = {
 constexpr TermKernels kTermKernels[] = {
 #if defined(SPLITQ_AVX2)
     {"terms_avx2", Isa::kAvx2, SetTermsAvx2, AddTermsAvx2, AddBlockTermsAvx2, StoreTermsAvx2},
+#endif
+#if defined(SPLITQ_NEON)
+    {"terms_neon", Isa::kNeon, SetTermsNeon, AddTermsNeon, AddBlockTermsNeon, StoreTermsNeon},
 #endif
     {"terms_scalar", Isa::kScalar, SetTermsScalar, AddTermsScalar, AddBlockTermsScalar,
      StoreTermsScalar},

@@ -84,7 +84,7 @@ extern "C" SPLITQ_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOpt
   });
 }
 
-// The instruction set of the kernels in use, "scalar" or "avx2". The string is static.
+// The instruction set of the kernels in use, a name of cpu/features.h. The string is static.
 extern "C" SPLITQ_EXPORT const char* SplitQIsa() {
   return splitq::IsaName(splitq::ChooseIsa().isa);
 }

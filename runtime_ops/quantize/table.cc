@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "quantize/avx2.h"
+#include "quantize/neon.h"
 #include "quantize/scalar.h"
 
 namespace splitq {
@@ -12,6 +13,9 @@ namespace {
 constexpr RowKernels kRowKernels[] = {
 #if defined(SPLITQ_AVX2)
     {"rows_avx2", Isa::kAvx2, FindExtremesAvx2, EncodeAvx2, SubtractCodesAvx2, ApplyKroneckerAvx2},
+#endif
+#if defined(SPLITQ_NEON)
+    {"rows_neon", Isa::kNeon, FindExtremesNeon, EncodeNeon, SubtractCodesNeon, ApplyKroneckerNeon},
 #endif
     {"rows_scalar", Isa::kScalar, FindExtremesScalar, EncodeScalar, SubtractCodesScalar,
      ApplyKroneckerScalar},

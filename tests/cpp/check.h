@@ -34,20 +34,18 @@ class GuardedArray {
   T* data() { return reinterpret_cast<T*>(memory_ + begin()); }
   T& operator[](int64_t i) { return data()[i]; }
 
-  bool Intact() const {
-    const int64_t end = usable_ - gap_;
-    for (int64_t i = 0; i < begin(); ++i) {
-      if (memory_[i] != kPattern) return false;
-    }
-    for (int64_t i = end; i < usable_; ++i) {
-      if (memory_[i] != kPattern) return false;
-    }
-    return true;
-  }
+  bool Intact() const { return Holds(0, begin()) && Holds(usable_ - gap_, usable_); }
 
  private:
   static constexpr uint8_t kPattern = 0xA5;
   int64_t begin() const { return usable_ - gap_ - count_ * static_cast<int64_t>(sizeof(T)); }
+
+  // Whether bytes [first, last) are all the pattern: the first is, and each equals the next.
+  bool Holds(int64_t first, int64_t last) const {
+    if (first == last) return true;
+    const uint8_t* bytes = memory_ + first;
+    return *bytes == kPattern && std::memcmp(bytes, bytes + 1, last - first - 1) == 0;
+  }
 
   int64_t count_, gap_, usable_ = 0, mapped_ = 0;
   uint8_t* memory_ = nullptr;

@@ -92,7 +92,7 @@ void TestGemm(Isa isa, Report& report) {
     std::printf("%s\n", kernel.name);
     for (const int64_t channels :
          {1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 65, 100, 160, 257, 448}) {
-      for (const int64_t rows : {1, 2, 3, 4, 7, 64}) {
+      for (const int64_t rows : {1, 2, 3, 4, 7, 9, 14, 64}) {
         if (rows == 64 && channels > 160) continue;
         for (int code_fill = 0; code_fill < kFills; ++code_fill) {
           for (int weight_fill = 0; weight_fill < kFills; ++weight_fill) {

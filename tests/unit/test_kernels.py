@@ -16,7 +16,12 @@ import pytest
 from splitq_edge.runtime_ops import library_path
 
 TESTS = Path(__file__).parents[1]
-ISAS = ("scalar", "avx2")  # ascending
+# Each ascending.
+X86_ISAS = ("scalar", "avx2")
+ARM_ISAS = ("scalar", "neon", "dotprod", "i8mm")
+ISAS, FOREIGN_ISAS = (ARM_ISAS, X86_ISAS) if platform.machine() in ("aarch64", "arm64") else (X86_ISAS, ARM_ISAS)
+ONLY_GEMM = {"dotprod", "i8mm"}  # their row and term kernels are those of the one before
+ARM_TOOLS = ("cmake", "aarch64-linux-gnu-g++", "aarch64-linux-gnu-nm", "qemu-aarch64")
 EXPECT_NATIVE = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1"
 WITH_NATIVE = EXPECT_NATIVE or library_path() is not None
 needs_native = pytest.mark.skipif(not WITH_NATIVE, reason="no native library is installed")
@@ -49,6 +54,32 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def check_kernels_that_ran(printed: str, offered: tuple[str, ...]) -> None:
+    for family in ("qd8_qc", "rows_", "terms_"):
+        kernels = {line.rpartition("_")[2] for line in printed.splitlines() if line.startswith(family)}
+        assert kernels == set(offered) - (set() if family == "qd8_qc" else ONLY_GEMM), family
+    for bits, each in itertools.product((2, 3, 4, 8), offered):
+        assert re.search(rf"^qd8_qc{bits}w_\w+_{each}$", printed, re.MULTILINE), (bits, each)
+
+
+def check_symbols(build: Path, isas: tuple[str, ...], nm: str) -> set[str]:
+    """Names of the object files of `isas`; each defines functions of its instruction set alone and no weak one."""
+    names = set()
+    for path in build.rglob("*.o"):
+        isa = re.match(r"[a-z0-9]+", path.name)[0]
+        if isa not in isas:
+            continue
+        names.add(path.name)
+        defined = [line.split() for line in checked(nm, "--defined-only", "--demangle", path).splitlines() if line]
+        kinds = {words[1] for words in defined}
+        assert kinds <= set("Ttr"), (path.name, defined)
+        public = [" ".join(words[2:]) for words in defined if words[1] == "T"]
+        assert public
+        assert all(isa in name.lower() for name in public), public
+    assert any("kernels_plain" in str(path) for path in build.rglob("*.o"))
+    return names
+
+
 @pytest.mark.slow
 def test_every_kernel_equals_plain_loops_on_each_instruction_set(build: Path) -> None:
     best = ""
@@ -58,12 +89,7 @@ def test_every_kernel_equals_plain_loops_on_each_instruction_set(build: Path) ->
         assert ran, printed
         best = best or ran[1]
         assert ran[1] == min(isa, best, key=ISAS.index)
-        offered = ISAS[: ISAS.index(ran[1]) + 1]
-        for family in ("qd8_qc", "rows_", "terms_"):
-            kernels = {line.rpartition("_")[2] for line in printed.splitlines() if line.startswith(family)}
-            assert kernels == set(offered), family
-        for bits, each in itertools.product((2, 3, 4, 8), offered):
-            assert re.search(rf"^qd8_qc{bits}w_\w+_{each}$", printed, re.MULTILINE), (isa, bits, each)
+        check_kernels_that_ran(printed, ISAS[: ISAS.index(ran[1]) + 1])
 
 
 @pytest.mark.slow
@@ -71,17 +97,21 @@ def test_files_of_an_instruction_set_share_no_function_with_others(build: Path) 
     """A weak symbol compiled with AVX2 might be the copy that the linker keeps for every processor."""
     if shutil.which("nm") is None or sys.platform != "linux":
         pytest.skip("nm of GNU binutils is not installed")
-    objects = list(build.rglob("avx2*.o"))
+    names = check_symbols(build, ISAS[1:], "nm")
     if platform.machine() == "x86_64":
-        assert len({path.name for path in objects}) == 5
-        assert any("kernels_plain" in str(path) for path in objects)
-    for path in objects:
-        defined = [line.split() for line in checked("nm", "--defined-only", "--demangle", path).splitlines() if line]
-        kinds = {words[1] for words in defined}
-        assert kinds <= set("Ttr"), (path.name, defined)
-        public = [" ".join(words[2:]) for words in defined if words[1] == "T"]
-        assert public
-        assert all("Avx2" in name for name in public), public
+        assert len(names) == 5
+
+
+@pytest.mark.slow
+def test_arm64_kernels_equal_plain_loops_under_emulation(tmp_path: Path) -> None:
+    missing = next((tool for tool in ARM_TOOLS if shutil.which(tool) is None), None)
+    if missing:
+        pytest.skip(f"{missing} is not installed")
+    printed = checked("bash", TESTS / "cpp" / "arm64.sh", tmp_path, timeout=1800)
+    for processor, count in (("cortex-a53", 2), ("cortex-a76", 3), ("max", 4)):
+        section = printed.partition(f"processor {processor}\n")[2].partition("processor ")[0]
+        check_kernels_that_ran(section, ARM_ISAS[:count])
+    assert len(check_symbols(tmp_path, ARM_ISAS[1:], "aarch64-linux-gnu-nm")) == 6
 
 
 @needs_native
@@ -93,6 +123,8 @@ def test_doctor_tells_the_instruction_set_and_the_variable_lowers_it() -> None:
         lowered = min(isa, best[1], key=ISAS.index)
         assert f", {lowered} kernels\n" in checked(*doctor, isa=isa)
     assert f", {best[1]} kernels\n" in checked(*doctor, isa="")
+    for isa in FOREIGN_ISAS:
+        assert ", scalar kernels\n" in checked(*doctor, isa=isa)
 
 
 @needs_native
@@ -100,7 +132,7 @@ def test_unknown_instruction_set_is_one_clear_error() -> None:
     code = "import onnxruntime; from splitq_edge import runtime_ops; runtime_ops.register(onnxruntime.SessionOptions())"
     done = run(sys.executable, "-c", code, isa="avx3")
     assert done.returncode != 0
-    message = "SPLITQ_ISA: expected scalar or avx2, got 'avx3'; correct the variable or unset it"
+    message = "SPLITQ_ISA: expected scalar, avx2, neon, dotprod or i8mm, got 'avx3'; correct the variable or unset it"
     assert done.stderr.splitlines()[-1].endswith(message)
 
 

@@ -1,0 +1,14 @@
+// Row loops for ARM64, whose every processor has NEON; the Kronecker product is fused.
+#pragma once
+
+#include "quantize/kernel.h"
+
+namespace splitq {
+
+Extremes FindExtremesNeon(const float* values, int64_t width);
+void EncodeNeon(const float* values, int64_t width, Encoding encoding, int8_t* codes);
+void SubtractCodesNeon(const float* values, const int8_t* codes, float scale, int64_t width,
+                       float* out);
+void ApplyKroneckerNeon(const KroneckerFactors& factors, const float* g, float* work, float* out);
+
+}  // namespace splitq
