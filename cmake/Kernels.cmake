@@ -29,6 +29,20 @@ check_cxx_source_compiles("
 " SPLITQ_HAS_NEON)
 unset(CMAKE_REQUIRED_FLAGS)
 
+set(SPLITQ_AVX512VNNI_FLAGS -mavx512f -mavx512bw -mavx512vl -mavx512vnni)
+string(JOIN " " CMAKE_REQUIRED_FLAGS ${SPLITQ_AVX512VNNI_FLAGS})
+check_cxx_source_compiles("
+  #if !defined(__GNUC__) || !defined(__x86_64__)
+  #error the AVX-512 kernels are for x86-64, GCC and Clang
+  #endif
+  #include <immintrin.h>
+  int main() {
+    const __m512i one = _mm512_set1_epi8(1);
+    return _mm_cvtsi128_si32(_mm512_castsi512_si128(_mm512_dpbusd_epi32(one, one, one)));
+  }
+" SPLITQ_HAS_AVX512VNNI)
+unset(CMAKE_REQUIRED_FLAGS)
+
 function(splitq_add_kernels name)
   set(sources
     cpu/features.cc
@@ -54,6 +68,7 @@ function(splitq_add_kernels name)
     quantize/avx2_rows.cc
   )
   set(avx2_fma quantize/avx2_kronecker.cc)
+  set(avx512vnni gemm/avx512vnni.cc)
   set(neon
     gemm/neon_gemm.cc
     gemm/neon_terms.cc
@@ -68,6 +83,7 @@ function(splitq_add_kernels name)
   list(TRANSFORM neon PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM dotprod PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM i8mm PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM avx512vnni PREPEND ${SPLITQ_KERNEL_DIR}/)
   add_library(${name} OBJECT ${sources})
   if(SPLITQ_HAS_AVX2)
     target_sources(${name} PRIVATE ${avx2} ${avx2_fma})
@@ -89,6 +105,13 @@ function(splitq_add_kernels name)
     set_source_files_properties(${i8mm} PROPERTIES
       COMPILE_OPTIONS "-march=armv8.2-a+i8mm;${options}")
     target_compile_definitions(${name} PRIVATE SPLITQ_NEON)
+  endif()
+  if(SPLITQ_HAS_AVX512VNNI)
+    target_sources(${name} PRIVATE ${avx512vnni})
+    # GCC takes the undefined operands inside its own intrinsics for a mistake.
+    set_source_files_properties(${avx512vnni} PROPERTIES COMPILE_OPTIONS
+      "${SPLITQ_AVX512VNNI_FLAGS};-fno-exceptions;-Wno-uninitialized;-Wno-maybe-uninitialized")
+    target_compile_definitions(${name} PRIVATE SPLITQ_AVX512VNNI)
   endif()
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
   splitq_compile_options(${name})

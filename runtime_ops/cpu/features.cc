@@ -14,15 +14,22 @@
 namespace splitq {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "neon", "dotprod", "i8mm"};  // in Isa's order
+constexpr const char* kNames[] = {"scalar", "avx2",    "avx512vnni",
+                                  "neon",   "dotprod", "i8mm"};  // in Isa's order
 
-// SPLITQ_AVX2 and SPLITQ_NEON are defined where the build has these kernels.
+// SPLITQ_AVX2, SPLITQ_AVX512VNNI and SPLITQ_NEON are defined where the build has these kernels.
 #if defined(SPLITQ_AVX2)
 
 // The builtin asks the operating system too, whether it saves the wide registers.
 Isa DetectIsa() {
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
-  return Isa::kScalar;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kScalar;
+#if defined(SPLITQ_AVX512VNNI)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+    return Isa::kAvx512Vnni;
+  }
+#endif
+  return Isa::kAvx2;
 }
 
 #elif defined(SPLITQ_NEON)

@@ -3,11 +3,16 @@
 
 #include "check.h"
 #include "cpu/features.h"
+#include "gemm/kernel.h"
+#include "include/list.h"
 
 namespace splitq::test {
 
-void TestGemm(Isa isa, Report& report);
+void TestGemm(List<GemmKernel> kernels, Isa isa, Report& report);
 void TestRows(Isa isa, Report& report);
 void TestTerms(Isa isa, Report& report);
+
+// The AVX-512 kernels on emulated intrinsics; empty where SIMDe is not installed.
+List<GemmKernel> EmulatedKernels();
 
 }  // namespace splitq::test

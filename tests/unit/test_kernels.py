@@ -17,10 +17,10 @@ from splitq_edge.runtime_ops import library_path
 
 TESTS = Path(__file__).parents[1]
 # Each ascending.
-X86_ISAS = ("scalar", "avx2")
+X86_ISAS = ("scalar", "avx2", "avx512vnni")
 ARM_ISAS = ("scalar", "neon", "dotprod", "i8mm")
 ISAS, FOREIGN_ISAS = (ARM_ISAS, X86_ISAS) if platform.machine() in ("aarch64", "arm64") else (X86_ISAS, ARM_ISAS)
-ONLY_GEMM = {"dotprod", "i8mm"}  # their row and term kernels are those of the one before
+ONLY_GEMM = {"avx512vnni", "dotprod", "i8mm"}  # their row and term kernels are those of the one before
 ARM_TOOLS = ("cmake", "aarch64-linux-gnu-g++", "aarch64-linux-gnu-nm", "qemu-aarch64")
 EXPECT_NATIVE = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1"
 WITH_NATIVE = EXPECT_NATIVE or library_path() is not None
@@ -93,13 +93,25 @@ def test_every_kernel_equals_plain_loops_on_each_instruction_set(build: Path) ->
 
 
 @pytest.mark.slow
+def test_avx512_kernels_equal_plain_loops_on_emulated_intrinsics(build: Path) -> None:
+    """The processor of a test machine seldom has AVX-512; SIMDe stands in for it."""
+    done = run(build / "kernel_test", "emulated")
+    if "_emulated" not in done.stdout:
+        pytest.skip("SIMDe (libsimde-dev) is not installed")
+    printed = done.stdout
+    assert done.returncode == 0, printed
+    assert re.search(r"^isa emulated: \d{5,} checks, 0 failures$", printed, re.MULTILINE), printed
+    assert set(re.findall(r"^qd8_qc(\d)w_\w+_emulated$", printed, re.MULTILINE)) == {"2", "3", "4", "8"}
+
+
+@pytest.mark.slow
 def test_files_of_an_instruction_set_share_no_function_with_others(build: Path) -> None:
     """A weak symbol compiled with AVX2 might be the copy that the linker keeps for every processor."""
     if shutil.which("nm") is None or sys.platform != "linux":
         pytest.skip("nm of GNU binutils is not installed")
     names = check_symbols(build, ISAS[1:], "nm")
     if platform.machine() == "x86_64":
-        assert len(names) == 5
+        assert len(names) == 6
 
 
 @pytest.mark.slow
@@ -132,7 +144,7 @@ def test_unknown_instruction_set_is_one_clear_error() -> None:
     code = "import onnxruntime; from splitq_edge import runtime_ops; runtime_ops.register(onnxruntime.SessionOptions())"
     done = run(sys.executable, "-c", code, isa="avx3")
     assert done.returncode != 0
-    message = "SPLITQ_ISA: expected scalar, avx2, neon, dotprod or i8mm, got 'avx3'; correct the variable or unset it"
+    message = "SPLITQ_ISA: expected scalar, avx2, avx512vnni, neon, dotprod or i8mm, got 'avx3'; correct the variable or unset it"
     assert done.stderr.splitlines()[-1].endswith(message)
 
 

@@ -1,0 +1,13 @@
+// Kernels for x86-64 with AVX-512 BW and VNNI.
+#pragma once
+
+#include "gemm/kernel.h"
+
+namespace splitq {
+
+void RunAvx512VnniBits2(const PanelProduct& product);
+void RunAvx512VnniBits3(const PanelProduct& product);
+void RunAvx512VnniBits4(const PanelProduct& product);
+void RunAvx512VnniBits8(const PanelProduct& product);
+
+}  // namespace splitq

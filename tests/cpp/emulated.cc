@@ -1,0 +1,32 @@
+// The AVX-512 kernels once more, on SIMDe's emulation of the intrinsics.
+#include <iterator>
+
+#include "tests.h"
+
+#if defined(SPLITQ_TEST_EMULATED)
+#define SPLITQ_SIMDE
+#define RunAvx512VnniBits2 RunEmulatedBits2
+#define RunAvx512VnniBits3 RunEmulatedBits3
+#define RunAvx512VnniBits4 RunEmulatedBits4
+#define RunAvx512VnniBits8 RunEmulatedBits8
+#include "gemm/avx512vnni.cc"
+
+namespace splitq::test {
+
+constexpr GemmKernel kKernels[] = {
+    {"qd8_qc2w_16x16c4_emulated", Isa::kAvx512Vnni, 2, RunEmulatedBits2},
+    {"qd8_qc3w_16x16c4_emulated", Isa::kAvx512Vnni, 3, RunEmulatedBits3},
+    {"qd8_qc4w_16x16c4_emulated", Isa::kAvx512Vnni, 4, RunEmulatedBits4},
+    {"qd8_qc8w_16x16c4_emulated", Isa::kAvx512Vnni, 8, RunEmulatedBits8},
+};
+
+List<GemmKernel> EmulatedKernels() { return {kKernels, std::size(kKernels)}; }
+
+}  // namespace splitq::test
+#else
+namespace splitq::test {
+
+List<GemmKernel> EmulatedKernels() { return {nullptr, 0}; }
+
+}  // namespace splitq::test
+#endif
