@@ -8,7 +8,7 @@ SOURCES := $(shell find runtime_ops cmake -name '*.cc' -o -name '*.h' -o -name '
 PY := splitq_edge exporters runtime_ops tests models
 TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) test test-fast test-wheel test-arm64 lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) test test-fast test-wheel test-arm64 bench-kernels lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -33,6 +33,10 @@ test-fast: $(DEV_STAMP)
 # Builds the wheel, installs it without torch and runs the demo's export with it.
 test-wheel: $(STAMP)
 	PYTHON=$(PYTHON) bash tests/packaging/check_wheel.sh
+
+# Layers in ONNX Runtime beside its own; some minutes, and only of use on a machine that does nothing else.
+bench-kernels: $(STAMP)
+	$(BIN)/python tests/bench/kernels.py --json build/bench/kernels.json
 
 # The ARM64 kernels under qemu: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm64:
