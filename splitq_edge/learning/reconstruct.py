@@ -158,12 +158,7 @@ def settle_gates(task: BlockTask, scale: float) -> float:
     Returns:
         The block's relative error.
     """
-    gates = [
-        getattr(site, f"gate_{branch}")
-        for site in task.sites
-        for branch in ("cws", "mac")
-        if getattr(site, f"{branch}_rank")
-    ]
+    gates = [gate for site in task.sites for gate in site.parameter_groups()["gate"] if gate.numel()]
     error = block_error(task, scale)
     for _ in range(SWEEPS):
         moved = False

@@ -59,7 +59,7 @@ ENGINES: dict[str, Engine] = {"reference": run_reference, "ort": run_ort}
 if os.environ.get("SPLITQ_EXPECT_NATIVE") == "1" or library_path() is not None:
     ENGINES["native"] = run_native
 
-ASYMMETRIC = dataclasses.replace(preset("W3A2"), activation_symmetric=False)
+ASYMMETRIC = dataclasses.replace(preset("W3A3"), activation_bits=2, activation_symmetric=False)
 ALL_ROWS = dataclasses.replace(preset("W4A4"), correction=CorrectionConfig(residual_bits=4, mac_rows="all"))
 CONFIGS: dict[str, tuple[QuantConfig, tuple[int, int, int]]] = {
     **{scheme: (preset(scheme), EXACT) for scheme in ("W4A8", "W4A4", "W3A3", "W3A2")},
@@ -181,7 +181,7 @@ def test_clip_and_channel_scale_reach_every_engine(config: QuantConfig, setting:
 @pytest.mark.parametrize("packed", [False, True], ids=["portable", "packed"])
 @pytest.mark.parametrize("mask", ["text", "vision"])
 def test_passes_of_one_modality_agree(mask: str, packed: bool) -> None:
-    site, _ = random_site(preset("W3A2"), widths=EXACT)
+    site, _ = random_site(preset("W3A3"), widths=EXACT)
     x = whole_numbers(1, 4, 288)
     modality = torch.full((1, 4), int(mask == "vision"), dtype=torch.int8)
     with site.context.using(modality):

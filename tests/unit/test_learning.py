@@ -148,8 +148,8 @@ def test_gates_that_lose_to_their_start_are_moved(
     learned: float, optimum: float, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving, good = torch.nn.Parameter(torch.full((2,), learned)), torch.nn.Parameter(torch.full((3,), 1.5))
-    site = SimpleNamespace(cws_rank=2, gate_cws=moving, mac_rank=3, gate_mac=good)
-    bare = SimpleNamespace(cws_rank=0, mac_rank=0)
+    site = SimpleNamespace(parameter_groups=lambda: {"gate": [moving, good]})
+    bare = SimpleNamespace(parameter_groups=lambda: {"gate": [torch.nn.Parameter(torch.ones(0))]})
 
     def error(_task: object, scale: float) -> float:
         return scale * float((moving - optimum).square().sum() + (good - 1.5).square().sum())
