@@ -144,7 +144,8 @@ def test_unknown_instruction_set_is_one_clear_error() -> None:
     code = "import onnxruntime; from splitq_edge import runtime_ops; runtime_ops.register(onnxruntime.SessionOptions())"
     done = run(sys.executable, "-c", code, isa="avx3")
     assert done.returncode != 0
-    message = "SPLITQ_ISA: expected scalar, avx2, avx512vnni, neon, dotprod or i8mm, got 'avx3'; correct the variable or unset it"
+    names = "scalar, avx2, avx512vnni, neon, dotprod or i8mm"
+    message = f"SPLITQ_ISA: expected {names}, got 'avx3'; correct the variable or unset it"
     assert done.stderr.splitlines()[-1].endswith(message)
 
 
