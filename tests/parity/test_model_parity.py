@@ -88,7 +88,7 @@ def export(
     trace = export_folder.trace
 
     def traced_once(module: torch.nn.Module, inputs: dict[str, Any], **options: Any) -> ir.Model:
-        key = (type(module).__name__, *options["input_names"])
+        key = (type(module).__name__, "float" if quantized is None else "quantized", *options["input_names"])
         if key not in graphs:
             graphs[key] = trace(module, inputs, **options)
         return graphs[key].clone()
