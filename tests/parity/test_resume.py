@@ -28,6 +28,11 @@ learning: {{epochs: 6, batch: 2, propagate: {propagate}}}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def _hear_ctrl_c() -> None:
+    """What a shell or a test runner starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Run:
     """An export in a folder of its own; OUT and the state have the same names in all of them."""
@@ -58,7 +63,12 @@ class Run:
         command = [sys.executable, "-m", "splitq_edge.cli", "export", self.model, self.out, "--recipe", recipe]
         command += ["--calib", self.chats, "--calib-samples", "4", "--seed", "3", *options]
         return subprocess.Popen(
-            list(map(str, command)), text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            list(map(str, command)),
+            text=True,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=_hear_ctrl_c,  # noqa: PLW1509 - it touches nothing that a thread might hold
         )
 
     def finish(self, *options: str) -> None:
