@@ -57,16 +57,17 @@ class BlockTask:
 
     def weights(self, number: int) -> torch.Tensor:
         """Weight of every token of a batch in the loss, [batch, sequence, 1], 0 for padding."""
-        batch = self.inputs.batch(number)
-        hidden, target = self.inputs.get("float", number), self.inputs.get("target", number)
-        weights = token_weights(batch, hidden, target, self.modality_weights)
+        return self._weights(number, self.inputs.batch(number), self.inputs.get("target", number))
+
+    def _weights(self, number: int, batch: BlockBatch, target: torch.Tensor) -> torch.Tensor:
+        weights = token_weights(batch, self.inputs.get("float", number), target, self.modality_weights)
         return weights if self.importance is None else weights * self.inputs.get(self.importance, number).unsqueeze(-1)
 
     def squared_error(self, number: int) -> torch.Tensor:
         """Weighted squared error of a batch, a scalar with gradient."""
         batch = self.inputs.batch(number)
         target = self.inputs.get("target", number)
-        weights = self.weights(number)
+        weights = self._weights(number, batch, target)
         output = block_output(self.block, self.inputs.get(self.stream, number), batch, self.context)
         return ((output - target).square() * weights).sum()
 

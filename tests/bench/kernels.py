@@ -4,8 +4,9 @@
 
 A case is a model of several equal layers with their own copies of the weights, together larger than the caches, as a
 decoder pass through a whole model finds them. Every round runs every case once in turn, so that all see the same
-machine; the time of a case is the median over the rounds, activation quantization included. Each of our cases is
-compared with plain integer arithmetic before anything is timed.
+machine; the time of a case is the median over the rounds, activation quantization included. Our
+cases of one channel group are compared with plain integer arithmetic before anything is timed; the whole SplitQ layers
+are not (tests/parity does that), and their bytes count the main weight as if it had all channels.
 """
 
 from __future__ import annotations
