@@ -34,9 +34,11 @@ test-fast: $(DEV_STAMP)
 test-wheel: $(STAMP)
 	PYTHON=$(PYTHON) bash tests/packaging/check_wheel.sh
 
-# Layers in ONNX Runtime beside its own; some minutes, and only of use on a machine that does nothing else.
+# Layers in ONNX Runtime beside its own and llama.cpp's, which it fetches and builds; an hour, and only of use on a
+# machine that does nothing else. BENCH="--rows 1 --threads 1" and the like make it shorter.
 bench-kernels: $(STAMP)
-	$(BIN)/python tests/bench/kernels.py --json build/bench/kernels.json
+	bash tests/bench/peers/build.sh $(BIN)/python build/peers
+	$(BIN)/python tests/bench/kernels.py --native build/peers/cmake/libbench_peers.so --json build/bench/kernels.json $(BENCH)
 
 # The ARM64 kernels under qemu: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm64:

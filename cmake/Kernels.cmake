@@ -29,7 +29,7 @@ check_cxx_source_compiles("
 " SPLITQ_HAS_NEON)
 unset(CMAKE_REQUIRED_FLAGS)
 
-set(SPLITQ_AVX512VNNI_FLAGS -mavx512f -mavx512bw -mavx512vl -mavx512vnni)
+set(SPLITQ_AVX512VNNI_FLAGS -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni)
 string(JOIN " " CMAKE_REQUIRED_FLAGS ${SPLITQ_AVX512VNNI_FLAGS})
 check_cxx_source_compiles("
   #if !defined(__GNUC__) || !defined(__x86_64__)
@@ -57,6 +57,7 @@ function(splitq_add_kernels name)
     quantize/table.cc
     linear/activation.cc
     linear/apply_correction.cc
+    linear/code_rows.cc
     linear/correction.cc
     linear/panel_terms.cc
     linear/split_linear.cc
@@ -68,7 +69,7 @@ function(splitq_add_kernels name)
     quantize/avx2_rows.cc
   )
   set(avx2_fma quantize/avx2_kronecker.cc)
-  set(avx512vnni gemm/avx512vnni.cc)
+  set(avx512vnni gemm/avx512vnni.cc quantize/avx512_kronecker.cc)
   set(neon
     gemm/neon_gemm.cc
     gemm/neon_terms.cc

@@ -12,7 +12,7 @@ from splitq_edge.errors import SplitQError
 BIT_WIDTHS = (2, 3, 4, 8)
 BLOCK_SIZES = (0, 32, 64, 128)
 TRANSFORMS = ("hadamard", "identity")
-CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max")
+CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max", "modality-max")
 SCALES = ("none", "smoothquant", "awq", "mbq")
 VISION_SCHEMES = ("none", "W8A8", "W4A8", "W4A4")
 LM_HEAD_SCHEMES = ("none", "W8A8", "W4A8")
@@ -39,7 +39,8 @@ class SplitConfig:
     Attributes:
         ratio: share of the input channels a modality may claim; the planner rounds it to kernel-friendly widths.
             0 turns the split off.
-        rule: how the channels are chosen: "mocd" (the paper, eq. 7-12), or for comparison "random", "text-max",
+        rule: how the channels are chosen: "mocd" (the paper, eq. 7-12), "modality-max" (largest magnitudes of each
+            modality: eq. 7 for vision, the same for text among the rest), or for comparison "random", "text-max",
             "vision-max" and "all-max" (largest magnitudes over text, vision or all tokens fill both groups).
         clusters: k of the one-dimensional clustering of a text channel's percentile ranks (eq. 10).
         bits: weight bits of the outlier groups, 4 or more.

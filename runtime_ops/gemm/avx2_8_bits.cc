@@ -62,12 +62,14 @@ SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t m) {
   }
 }
 
-}  // namespace
-
-void RunAvx2Bits8(const PanelProduct& product) {
+SPLITQ_INLINE void Run(const PanelProduct& product) {
   int64_t m = 0;
   for (; m + 2 <= product.rows; m += 2) RunRows<2>(product, m);
   if (m < product.rows) RunRows<1>(product, m);
 }
+
+}  // namespace
+
+void RunAvx2Bits8(const PanelProduct& product) { RunEachPanel<Run>(product); }
 
 }  // namespace splitq

@@ -119,17 +119,8 @@ SPLITQ_INLINE void AddBlocks(const int8_t* codes, int64_t stride, const uint8_t*
 
 // Begins the sums of one row: the zero point times the sum of its codes, subtracted.
 template <int bits>
-SPLITQ_INLINE void BeginSums(const int8_t* codes, int64_t k_begin, int64_t k_end, int32_t* sums) {
-  __m128i total = _mm_setzero_si128();
-  for (int64_t k = k_begin; k < k_end; k += kEdge) {  // zeros follow the last channel
-    const __m128i chunk = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k));
-    const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), chunk);
-    total = _mm_add_epi32(total, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
-  }
-  total = _mm_add_epi32(total, _mm_shuffle_epi32(total, 0x4E));
-  total = _mm_add_epi32(total, _mm_shuffle_epi32(total, 0xB1));
-  total = _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(total, bits - 1));
-  const __m256i begin = _mm256_broadcastsi128_si256(total);
+SPLITQ_INLINE void BeginSums(int32_t code_sum, int32_t* sums) {
+  const __m256i begin = _mm256_set1_epi32(-(1 << (bits - 1)) * code_sum);
   Store(sums, begin);
   Store(sums + 8, begin);
 }
@@ -160,7 +151,7 @@ SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t m) {
   const int8_t* codes = product.codes + m * stride;
   int32_t* sums = product.sums + m * kPanel;
   for (int i = 0; i < rows; ++i) {
-    BeginSums<bits>(codes + i * stride, product.k_begin, product.k_end, sums + i * kPanel);
+    BeginSums<bits>(product.code_sums[(m + i) * product.code_sums_stride], sums + i * kPanel);
   }
   int64_t block = product.k_begin / kStep;
   int64_t end = (product.k_end + kStep - 1) / kStep;
@@ -190,8 +181,8 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
 
 }  // namespace
 
-void RunAvx2Bits2(const PanelProduct& product) { Run<2>(product); }
-void RunAvx2Bits3(const PanelProduct& product) { Run<3>(product); }
-void RunAvx2Bits4(const PanelProduct& product) { Run<4>(product); }
+void RunAvx2Bits2(const PanelProduct& product) { RunEachPanel<Run<2>>(product); }
+void RunAvx2Bits3(const PanelProduct& product) { RunEachPanel<Run<3>>(product); }
+void RunAvx2Bits4(const PanelProduct& product) { RunEachPanel<Run<4>>(product); }
 
 }  // namespace splitq

@@ -20,24 +20,28 @@ SPLITQ_INLINE __m256 LoadSums(const int32_t* sums) {
   return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)));
 }
 
-// 8 of the 16 channels, from channel `first` on.
+// 8 channels of a row.
 template <bool with_row_scale, bool add>
-SPLITQ_INLINE void Half(const PanelSums& panel, int64_t first, float* terms) {
-  const __m256 scale = _mm256_loadu_ps(panel.channel_scale + first);
-  for (int64_t m = 0; m < panel.rows; ++m) {
-    __m256 value = LoadSums(panel.sums + m * kPanel + first);
-    if (with_row_scale) value = _mm256_mul_ps(value, _mm256_broadcast_ss(panel.row_scale + m));
-    value = _mm256_mul_ps(value, scale);
-    float* target = terms + m * kPanel + first;
-    if (add) value = _mm256_add_ps(_mm256_loadu_ps(target), value);
-    _mm256_storeu_ps(target, value);
-  }
+SPLITQ_INLINE void Half(const int32_t* sums, __m256 row_scale, __m256 scale, float* terms) {
+  __m256 value = LoadSums(sums);
+  if (with_row_scale) value = _mm256_mul_ps(value, row_scale);
+  value = _mm256_mul_ps(value, scale);
+  if (add) value = _mm256_add_ps(_mm256_loadu_ps(terms), value);
+  _mm256_storeu_ps(terms, value);
 }
 
 template <bool with_row_scale, bool add>
-SPLITQ_INLINE void Run(const PanelSums& panel, float* terms) {
-  Half<with_row_scale, add>(panel, 0, terms);
-  Half<with_row_scale, add>(panel, kLanes, terms);
+SPLITQ_INLINE void Run(const PanelSums& panels, float* terms) {
+  const int32_t* sums = panels.sums;
+  for (int64_t p = 0; p < panels.panels; ++p) {
+    const __m256 low = _mm256_loadu_ps(panels.channel_scale + p * kPanel);
+    const __m256 high = _mm256_loadu_ps(panels.channel_scale + p * kPanel + kLanes);
+    for (int64_t m = 0; m < panels.rows; ++m, sums += kPanel, terms += kPanel) {
+      const __m256 scale = _mm256_broadcast_ss(panels.row_scale + m);
+      Half<with_row_scale, add>(sums, scale, low, terms);
+      Half<with_row_scale, add>(sums + kLanes, scale, high, terms + kLanes);
+    }
+  }
 }
 
 SPLITQ_INLINE void Copy(const float* terms, int64_t rows, float* y, int64_t y_stride) {
@@ -49,9 +53,9 @@ SPLITQ_INLINE void Copy(const float* terms, int64_t rows, float* y, int64_t y_st
 
 }  // namespace
 
-void SetTermsAvx2(const PanelSums& panel, float* terms) { Run<true, false>(panel, terms); }
-void AddTermsAvx2(const PanelSums& panel, float* terms) { Run<true, true>(panel, terms); }
-void AddBlockTermsAvx2(const PanelSums& panel, float* terms) { Run<false, true>(panel, terms); }
+void SetTermsAvx2(const PanelSums& panels, float* terms) { Run<true, false>(panels, terms); }
+void AddTermsAvx2(const PanelSums& panels, float* terms) { Run<true, true>(panels, terms); }
+void AddBlockTermsAvx2(const PanelSums& panels, float* terms) { Run<false, true>(panels, terms); }
 
 void StoreTermsAvx2(const float* terms, int64_t rows, const float* bias, float* y,
                     int64_t y_stride) {

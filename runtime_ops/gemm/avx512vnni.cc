@@ -1,11 +1,13 @@
-// Reads: layout 1, all bit widths. Tile: 16 rows x 16 channels, the rows left over 8, 4, 3, 2, 1.
+// Reads: layout 1, all bit widths. Tile: 8 rows x 3 panels of 16 channels; the rows left over 4, 3,
+// 2, 1; panels left over, and those of a single row, one by one.
 // Features: AVX-512 F, BW, VNNI.
 // Exactness: int32, exact. The stored code is the unsigned operand of vpdpbusd, which does not
 // saturate; sums wrap around and end right, as the whole sum fits. The zero point is taken off the
 // sum: sum(q a) = sum(u a) - z sum(a).
 // Idea: a vector of the layout is one register, 4 k of all 16 channels; its fields are masked out
-// in registers and multiplied by 4 codes of each row, broadcast from memory. One row alone would
-// wait for its own sum, so few rows have several sums each.
+// in registers and multiplied by 4 codes of each row, broadcast from memory. Three panels a
+// broadcast, because a load takes as long as a product. A sum that would wait for itself is kept in
+// several parts. A single row has only to read the weights in the order in which they lie.
 //
 // Everything here has internal linkage, as in avx2_low_bits.cc. With SPLITQ_SIMDE the intrinsics
 // are emulated: the tests run this file on every processor.
@@ -35,8 +37,13 @@ struct Layout {
   static constexpr int kMaxCode = (1 << bits) - 1;
 };
 
-// Sums of a row that do not wait for each other.
-constexpr int Chains(int rows) { return rows == 1 ? 4 : rows < 4 ? 2 : 1; }
+constexpr int kPanels = 3;       // of a tile
+constexpr int64_t kShort = 512;  // channels: with fewer, waiting for sums costs more than reading
+
+// Parts of a sum that do not wait for each other.
+constexpr int Chains(int rows, int panels) {
+  return rows * panels == 1 ? 4 : rows * panels < 4 ? 2 : 1;
+}
 
 SPLITQ_INLINE __m512i Load(const void* address) { return _mm512_loadu_si512(address); }
 
@@ -71,9 +78,9 @@ SPLITQ_INLINE __m512i LoadCodes(const uint8_t* block) {
   }
 }
 
-template <int rows>
+template <int rows, int panels>
 struct Sums {
-  __m512i of[rows][Chains(rows)];  // 16 channels
+  __m512i of[rows][panels][Chains(rows, panels)];  // 16 channels
 };
 
 // 4 consecutive codes of a row, in every 4 bytes.
@@ -83,121 +90,126 @@ SPLITQ_INLINE __m512i BroadcastCodes(const int8_t* codes) {
   return _mm512_set1_epi32(four);
 }
 
-// Adds the products of a block, from this field on. codes: of the block's first k, row 0.
-template <int bits, int rows, int field = 0>
-SPLITQ_INLINE void AddBlock(const int8_t* codes, int64_t stride, const uint8_t* block,
-                            Sums<rows>& sums) {
-  const __m512i stored = LoadCodes<bits, field>(block);
+// Where a tile stands: the next block's first k of its first row, and that block of its first
+// panel.
+struct Place {
+  const int8_t* codes;
+  int64_t stride;
+  const uint8_t* block;
+  int64_t panel_stride;
+};
+
+// Adds the products of a block, from this field on.
+template <int bits, int rows, int panels, int field = 0>
+SPLITQ_INLINE void AddBlock(const Place& place, Sums<rows, panels>& sums) {
+  constexpr int kChain = field % Chains(rows, panels);
+  __m512i stored[panels];
+  for (int p = 0; p < panels; ++p) {
+    stored[p] = LoadCodes<bits, field>(place.block + p * place.panel_stride);
+  }
   for (int m = 0; m < rows; ++m) {
-    __m512i& sum = sums.of[m][field % Chains(rows)];
-    sum = _mm512_dpbusd_epi32(sum, stored, BroadcastCodes(codes + m * stride + field * kQuad));
+    const __m512i four = BroadcastCodes(place.codes + m * place.stride + field * kQuad);
+    for (int p = 0; p < panels; ++p) {
+      __m512i& sum = sums.of[m][p][kChain];
+      sum = _mm512_dpbusd_epi32(sum, stored[p], four);
+    }
   }
   if constexpr (field + 1 < Layout<bits>::kFields) {
-    AddBlock<bits, rows, field + 1>(codes, stride, block, sums);
+    AddBlock<bits, rows, panels, field + 1>(place, sums);
   }
 }
 
 // Adds the products of `blocks` whole blocks.
-template <int bits, int rows>
-SPLITQ_INLINE void AddBlocks(const int8_t* codes, int64_t stride, const uint8_t* panel,
-                             int64_t blocks, Sums<rows>& sums) {
+template <int bits, int rows, int panels>
+SPLITQ_INLINE void AddBlocks(Place place, int64_t blocks, Sums<rows, panels>& sums) {
   for (int64_t b = 0; b < blocks; ++b) {
-    AddBlock<bits, rows>(codes, stride, panel, sums);
-    codes += Layout<bits>::kStep;
-    panel += Layout<bits>::kBytes;
+    AddBlock<bits, rows, panels>(place, sums);
+    place.codes += Layout<bits>::kStep;
+    place.block += Layout<bits>::kBytes;
   }
-}
-
-// -z sum(a) over the range, in all 16 channels.
-template <int bits>
-SPLITQ_INLINE __m512i BeginSum(const int8_t* codes, int64_t k_begin, int64_t k_end) {
-  __m512i total = _mm512_setzero_si512();
-  const __m512i ones = _mm512_set1_epi8(1);
-  int64_t k = k_begin / kVectorBytes * kVectorBytes;  // a row is readable up to a multiple of 64
-  for (; k < k_end; k += kVectorBytes) {
-    uint64_t inside = ~uint64_t{0};
-    if (k < k_begin) inside = inside << (k_begin - k);
-    if (k_end - k < kVectorBytes) inside &= (uint64_t{1} << (k_end - k)) - 1;
-    total = _mm512_dpbusd_epi32(total, ones, _mm512_maskz_mov_epi8(inside, Load(codes + k)));
-  }
-  __m128i sum = _mm_add_epi32(
-      _mm_add_epi32(_mm512_extracti32x4_epi32(total, 0), _mm512_extracti32x4_epi32(total, 1)),
-      _mm_add_epi32(_mm512_extracti32x4_epi32(total, 2), _mm512_extracti32x4_epi32(total, 3)));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
-  sum = _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sum, bits - 1));
-  return _mm512_broadcastd_epi32(sum);
 }
 
 // A block that the range covers in part: its codes are copied, zeros outside the range.
-template <int bits, int rows>
-SPLITQ_INLINE void AddPart(const PanelProduct& product, const int8_t* codes, int64_t block,
-                           Sums<rows>& sums) {
+// place: of the panels' first block and k.
+template <int bits, int rows, int panels>
+SPLITQ_INLINE void AddPart(const PanelProduct& product, const Place& place, int64_t block,
+                           Sums<rows, panels>& sums) {
   constexpr int64_t kStep = Layout<bits>::kStep;
   int8_t copy[rows * kStep];
   for (int64_t i = 0; i < kStep; i += kEdge) {
     const int64_t k = block * kStep + i;
     const bool inside = k >= product.k_begin && k < product.k_end;
     for (int m = 0; m < rows; ++m) {
-      const auto* from = reinterpret_cast<const __m128i*>(codes + m * product.codes_stride + k);
+      const auto* from = reinterpret_cast<const __m128i*>(place.codes + m * place.stride + k);
       const __m128i part = inside ? _mm_loadu_si128(from) : _mm_setzero_si128();
       _mm_storeu_si128(reinterpret_cast<__m128i*>(copy + m * kStep + i), part);
     }
   }
-  AddBlock<bits, rows>(copy, kStep, product.panel + block * Layout<bits>::kBytes, sums);
+  AddBlock<bits, rows, panels>(
+      {copy, kStep, place.block + block * Layout<bits>::kBytes, place.panel_stride}, sums);
 }
 
-// Rows m .. m + rows of the product.
-template <int bits, int rows>
-SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t m) {
+// Rows m .. m + rows of the product, `panels` panels from panel p on.
+template <int bits, int rows, int panels>
+SPLITQ_INLINE void RunTile(const PanelProduct& product, int64_t m, int64_t p) {
   constexpr int64_t kStep = Layout<bits>::kStep, kBytes = Layout<bits>::kBytes;
-  constexpr int kChains = Chains(rows);
-  const int64_t stride = product.codes_stride;
-  const int8_t* codes = product.codes + m * stride;
-  Sums<rows> sums;
+  constexpr int kChains = Chains(rows, panels);
+  Place place{product.codes + m * product.codes_stride, product.codes_stride,
+              product.panel + p * product.panel_stride, product.panel_stride};
+  Sums<rows, panels> sums;
   for (int i = 0; i < rows; ++i) {
-    sums.of[i][0] = BeginSum<bits>(codes + i * stride, product.k_begin, product.k_end);
-    for (int chain = 1; chain < kChains; ++chain) sums.of[i][chain] = _mm512_setzero_si512();
+    const int32_t code_sum = product.code_sums[(m + i) * product.code_sums_stride];
+    for (int j = 0; j < panels; ++j) {
+      sums.of[i][j][0] = _mm512_set1_epi32(-(1 << (bits - 1)) * code_sum);
+      for (int chain = 1; chain < kChains; ++chain) sums.of[i][j][chain] = _mm512_setzero_si512();
+    }
   }
   int64_t block = product.k_begin / kStep;
   int64_t end = (product.k_end + kStep - 1) / kStep;
   if constexpr (kStep > kEdge) {
-    if (product.k_begin % kStep != 0) AddPart<bits, rows>(product, codes, block++, sums);
-    if (block < end && product.k_end % kStep != 0) {
-      AddPart<bits, rows>(product, codes, --end, sums);
+    if (product.k_begin % kStep != 0) AddPart<bits>(product, place, block++, sums);
+    if (block < end && product.k_end % kStep != 0) AddPart<bits>(product, place, --end, sums);
+  }
+  place.codes += block * kStep;
+  place.block += block * kBytes;
+  AddBlocks<bits>(place, end - block, sums);
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < panels; ++j) {
+      __m512i total = sums.of[i][j][0];
+      for (int chain = 1; chain < kChains; ++chain) {
+        total = _mm512_add_epi32(total, sums.of[i][j][chain]);
+      }
+      _mm512_storeu_si512(product.sums + ((p + j) * product.rows + m + i) * kPanel, total);
     }
   }
-  AddBlocks<bits, rows>(codes + block * kStep, stride, product.panel + block * kBytes, end - block,
-                        sums);
-  for (int i = 0; i < rows; ++i) {
-    __m512i total = sums.of[i][0];
-    for (int chain = 1; chain < kChains; ++chain) {
-      total = _mm512_add_epi32(total, sums.of[i][chain]);
-    }
-    _mm512_storeu_si512(product.sums + (m + i) * kPanel, total);
+}
+
+// All rows of `panels` panels from panel p on.
+template <int bits, int panels>
+SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t p) {
+  int64_t m = 0;
+  for (; m + 8 <= product.rows; m += 8) RunTile<bits, 8, panels>(product, m, p);
+  if (m + 4 <= product.rows) {
+    RunTile<bits, 4, panels>(product, m, p);
+    m += 4;
+  }
+  switch (product.rows - m) {
+    case 3:
+      return RunTile<bits, 3, panels>(product, m, p);
+    case 2:
+      return RunTile<bits, 2, panels>(product, m, p);
+    case 1:
+      return RunTile<bits, 1, panels>(product, m, p);
   }
 }
 
 template <int bits>
 SPLITQ_INLINE void Run(const PanelProduct& product) {
-  int64_t m = 0;
-  for (; m + 16 <= product.rows; m += 16) RunRows<bits, 16>(product, m);
-  if (m + 8 <= product.rows) {
-    RunRows<bits, 8>(product, m);
-    m += 8;
+  int64_t p = 0;
+  if (product.rows > 1 || product.k_end - product.k_begin <= kShort) {
+    for (; p + kPanels <= product.panels; p += kPanels) RunRows<bits, kPanels>(product, p);
   }
-  if (m + 4 <= product.rows) {
-    RunRows<bits, 4>(product, m);
-    m += 4;
-  }
-  switch (product.rows - m) {
-    case 3:
-      return RunRows<bits, 3>(product, m);
-    case 2:
-      return RunRows<bits, 2>(product, m);
-    case 1:
-      return RunRows<bits, 1>(product, m);
-  }
+  for (; p < product.panels; ++p) RunRows<bits, 1>(product, p);
 }
 
 }  // namespace

@@ -93,6 +93,7 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
   if (m == product.rows) return;
   PanelProduct last = product;
   last.codes += m * product.codes_stride;
+  last.code_sums += m * product.code_sums_stride;
   last.rows = 1;
   last.sums += m * kPanel;
   run_one_row(last);
@@ -100,9 +101,9 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
 
 }  // namespace
 
-void RunI8mmBits2(const PanelProduct& product) { Run<2, RunDotprodBits2>(product); }
-void RunI8mmBits3(const PanelProduct& product) { Run<3, RunDotprodBits3>(product); }
-void RunI8mmBits4(const PanelProduct& product) { Run<4, RunDotprodBits4>(product); }
-void RunI8mmBits8(const PanelProduct& product) { Run<8, RunDotprodBits8>(product); }
+void RunI8mmBits2(const PanelProduct& product) { RunEachPanel<Run<2, RunDotprodBits2>>(product); }
+void RunI8mmBits3(const PanelProduct& product) { RunEachPanel<Run<3, RunDotprodBits3>>(product); }
+void RunI8mmBits4(const PanelProduct& product) { RunEachPanel<Run<4, RunDotprodBits4>>(product); }
+void RunI8mmBits8(const PanelProduct& product) { RunEachPanel<Run<8, RunDotprodBits8>>(product); }
 
 }  // namespace splitq

@@ -1,4 +1,4 @@
-// A micro-kernel: int8 rows times one panel of a packed weight, exact int32 sums.
+// A micro-kernel: int8 rows times a few panels of a packed weight, exact int32 sums.
 #pragma once
 
 #include <cstdint>
@@ -7,21 +7,39 @@
 
 namespace splitq {
 
-// sums[m][n] = sum over k in [k_begin, k_end) of codes[m][k] * q[k][n], n < 16. Overwrites sums.
+// sums[p][m][n] = sum over k in [k_begin, k_end) of codes[m][k] * q[k][16 * p + n], n < 16.
+// Overwrites sums.
 //
 // Caller duties: a row of codes is readable, and zero from the last channel of the weight on, up to
 // a multiple of kCodeRowAlign; k_begin is a multiple of 16, k_end is one or the channels of the
-// weight; rows > 0. With 3 bits a packed block is 32 channels, so a range may begin or end in the
-// middle of one.
+// weight; rows > 0; panels > 0. With 3 bits a packed block is 32 channels, so a range may begin or
+// end in the middle of one.
 struct PanelProduct {
   const int8_t* codes;   // [rows, >= k_end]
   int64_t codes_stride;  // bytes from row to row
   int64_t rows;
-  const uint8_t* panel;  // first byte of the panel; no alignment is promised
+  const int32_t* code_sums;  // [rows], of a row's codes over the range
+  int64_t code_sums_stride;  // elements from row to row
+  const uint8_t* panel;      // first byte of the first panel; no alignment is promised
+  int64_t panel_stride;      // bytes from panel to panel
+  int64_t panels;
   int64_t k_begin;
   int64_t k_end;
-  int32_t* sums;  // [rows, 16], dense
+  int32_t* sums;  // [panels, rows, 16], dense
 };
+
+// For kernels that take one panel at a time. Internal linkage and always inlined: files of several
+// instruction sets call it.
+template <void (*run)(const PanelProduct& product)>
+static inline __attribute__((always_inline)) void RunEachPanel(const PanelProduct& product) {
+  PanelProduct one = product;
+  one.panels = 1;
+  for (int64_t p = 0; p < product.panels; ++p) {
+    run(one);
+    one.panel += one.panel_stride;
+    one.sums += one.rows * 16;
+  }
+}
 
 // One row of the kernel table (gemm/table.h).
 struct GemmKernel {

@@ -89,9 +89,9 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
 
 }  // namespace
 
-void RunNeonBits2(const PanelProduct& product) { Run<2>(product); }
-void RunNeonBits3(const PanelProduct& product) { Run<3>(product); }
-void RunNeonBits4(const PanelProduct& product) { Run<4>(product); }
-void RunNeonBits8(const PanelProduct& product) { Run<8>(product); }
+void RunNeonBits2(const PanelProduct& product) { RunEachPanel<Run<2>>(product); }
+void RunNeonBits3(const PanelProduct& product) { RunEachPanel<Run<3>>(product); }
+void RunNeonBits4(const PanelProduct& product) { RunEachPanel<Run<4>>(product); }
+void RunNeonBits8(const PanelProduct& product) { RunEachPanel<Run<8>>(product); }
 
 }  // namespace splitq

@@ -73,17 +73,6 @@ SPLITQ_INLINE int8x16_t LoadWeights(const uint8_t* quarter) {
   return vreinterpretq_s8_u8(stored);
 }
 
-// What a row's sums begin with: the zero point times the sum of its codes, subtracted.
-template <int bits>
-SPLITQ_INLINE int32_t BeginSum(const int8_t* codes, int64_t k_begin, int64_t k_end) {
-  if constexpr (Layout<bits>::kZeroPoint == 0) return 0;
-  int32x4_t total = vdupq_n_s32(0);
-  for (int64_t k = k_begin; k < k_end; k += kChunk) {  // zeros follow the last channel
-    total = vpadalq_s16(total, vpaddlq_s8(vld1q_s8(codes + k)));
-  }
-  return -Layout<bits>::kZeroPoint * vaddvq_s32(total);
-}
-
 // The chunk in which the weight ends, if its panel ends there too: a copy of the blocks that exist.
 // Codes are zero from there on.
 template <typename Tile>
@@ -135,14 +124,15 @@ SPLITQ_INLINE void Walk(const PanelProduct& product, const uint8_t* panel, const
 }
 
 // Rows m .. m + Tile::kRows of the product. A tile begins as Tile{} and ends with
-//   Store(begin, sums)  begin: [kRows], added to each row's sums; sums: of the tile's first channel
+//   Store(begin, sums)  begin: [kRows], what each row's sums begin with: the zero point times the
+//                       sum of its codes, subtracted; sums: of the tile's first channel
 template <typename Tile>
 SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t m) {
   const int8_t* codes = product.codes + m * product.codes_stride;
   int32_t begin[Tile::kRows];
   for (int i = 0; i < Tile::kRows; ++i) {
     begin[i] =
-        BeginSum<Tile::kBits>(codes + i * product.codes_stride, product.k_begin, product.k_end);
+        -Layout<Tile::kBits>::kZeroPoint * product.code_sums[(m + i) * product.code_sums_stride];
   }
   for (int quarter = 0; quarter < kQuarters; quarter += Tile::kWidth) {
     Tile tile{};

@@ -25,16 +25,18 @@ SPLITQ_INLINE Sixteen Load(const float* values) {
 }
 
 template <bool with_row_scale, bool add>
-SPLITQ_INLINE void Run(const PanelSums& panel, float* terms) {
-  const Sixteen scale = Load(panel.channel_scale);
-  for (int64_t m = 0; m < panel.rows; ++m) {
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t at = m * kPanel + i * kLanes;
-      float32x4_t value = vcvtq_f32_s32(vld1q_s32(panel.sums + at));
-      if (with_row_scale) value = vmulq_n_f32(value, panel.row_scale[m]);
-      value = vmulq_f32(value, scale.vector[i]);
-      if (add) value = vaddq_f32(vld1q_f32(terms + at), value);
-      vst1q_f32(terms + at, value);
+SPLITQ_INLINE void Run(const PanelSums& panels, float* terms) {
+  const int32_t* sums = panels.sums;
+  for (int64_t p = 0; p < panels.panels; ++p) {
+    const Sixteen scale = Load(panels.channel_scale + p * kPanel);
+    for (int64_t m = 0; m < panels.rows; ++m) {
+      for (int i = 0; i < kVectors; ++i, sums += kLanes, terms += kLanes) {
+        float32x4_t value = vcvtq_f32_s32(vld1q_s32(sums));
+        if (with_row_scale) value = vmulq_n_f32(value, panels.row_scale[m]);
+        value = vmulq_f32(value, scale.vector[i]);
+        if (add) value = vaddq_f32(vld1q_f32(terms), value);
+        vst1q_f32(terms, value);
+      }
     }
   }
 }
@@ -47,9 +49,9 @@ SPLITQ_INLINE void Copy(const float* terms, int64_t rows, float* y, int64_t y_st
 
 }  // namespace
 
-void SetTermsNeon(const PanelSums& panel, float* terms) { Run<true, false>(panel, terms); }
-void AddTermsNeon(const PanelSums& panel, float* terms) { Run<true, true>(panel, terms); }
-void AddBlockTermsNeon(const PanelSums& panel, float* terms) { Run<false, true>(panel, terms); }
+void SetTermsNeon(const PanelSums& panels, float* terms) { Run<true, false>(panels, terms); }
+void AddTermsNeon(const PanelSums& panels, float* terms) { Run<true, true>(panels, terms); }
+void AddBlockTermsNeon(const PanelSums& panels, float* terms) { Run<false, true>(panels, terms); }
 
 void StoreTermsNeon(const float* terms, int64_t rows, const float* bias, float* y,
                     int64_t y_stride) {

@@ -74,9 +74,9 @@ void Run(const PanelProduct& product) {
 
 }  // namespace
 
-void RunScalar2(const PanelProduct& product) { Run<2>(product); }
-void RunScalar3(const PanelProduct& product) { Run<3>(product); }
-void RunScalar4(const PanelProduct& product) { Run<4>(product); }
-void RunScalar8(const PanelProduct& product) { Run<8>(product); }
+void RunScalar2(const PanelProduct& product) { RunEachPanel<Run<2>>(product); }
+void RunScalar3(const PanelProduct& product) { RunEachPanel<Run<3>>(product); }
+void RunScalar4(const PanelProduct& product) { RunEachPanel<Run<4>>(product); }
+void RunScalar8(const PanelProduct& product) { RunEachPanel<Run<8>>(product); }
 
 }  // namespace splitq

@@ -9,13 +9,14 @@
 namespace splitq {
 
 struct PanelSums {
-  const int32_t* sums;         // [rows, 16]
+  const int32_t* sums;         // [panels, rows, 16]
   const float* row_scale;      // [rows]
-  const float* channel_scale;  // [16], zeros after the channels that exist
+  const float* channel_scale;  // [panels, 16], zeros after the channels that exist
   int64_t rows;
+  int64_t panels;
 };
 
-// terms: [rows, 16], dense.
+// terms: [panels, rows, 16], dense.
 struct TermKernels {
   const char* name;  // terms_isa
   Isa isa;           // what the processor must have
@@ -29,7 +30,8 @@ struct TermKernels {
   // terms += sum * channel scale
   void (*add_block)(const PanelSums& panel, float* terms);
 
-  // y = terms + bias. bias: [16] or null; y: rows of 16, `y_stride` floats from one to the next.
+  // y = terms + bias, of one panel. bias: [16] or null; y: rows of 16, `y_stride` floats from one
+  // to the next.
   void (*store)(const float* terms, int64_t rows, const float* bias, float* y, int64_t y_stride);
 };
 

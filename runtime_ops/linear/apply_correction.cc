@@ -18,17 +18,11 @@ struct Tile {
   float* floats;
 };
 
-CodeRows TakeRows(Scratch& scratch, int64_t channels) {
-  const int64_t stride = RoundUp(channels, kCodeRowAlign);
-  int8_t* codes = scratch.Take<int8_t>(kTileRows * stride);
-  return {codes, stride, scratch.Take<float>(kTileRows)};
-}
-
 Tile TakeTile(const Correction& correction, Scratch& scratch) {
   Tile tile;
-  tile.main = TakeRows(scratch, correction.u.channels_in);
-  tile.residual = TakeRows(scratch, correction.u.channels_in);
-  tile.latent = TakeRows(scratch, correction.rank());
+  tile.main = TakeCodeRows(scratch, kTileRows, correction.u.channels_in);
+  tile.residual = TakeCodeRows(scratch, kTileRows, correction.u.channels_in);
+  tile.latent = TakeCodeRows(scratch, kTileRows, correction.rank());
   tile.mac_index = scratch.Take<int64_t>(kTileRows);
   tile.floats = scratch.Take<float>(LatentWorkspace(correction));
   return tile;
@@ -40,23 +34,25 @@ int64_t TileBytes(const Correction& correction) {
   return scratch.used() + Scratch::kAlign;
 }
 
-void CopyRow(const int8_t* codes, float scale, int64_t width, const CodeRows& rows, int64_t row) {
-  std::memcpy(rows.row(row), codes, static_cast<size_t>(width));
-  std::memset(rows.row(row) + width, 0, static_cast<size_t>(rows.stride - width));
+void CopyRow(const RowKernels& kernels, const int8_t* codes, float scale, const CodeRows& rows,
+             int64_t row) {
+  std::memcpy(rows.row(row), codes, static_cast<size_t>(rows.channels));
+  ZeroPadding(rows, row);
   rows.scale[row] = scale;
+  SumCodes(kernels, rows, row);
 }
 
 // Copies the rows of the tile that starts at row `first`; MAC's rows are gathered.
 MacRows LoadTile(const Correction& correction, const CorrectionRows& data, int64_t first,
                  int64_t count, const Tile& tile) {
+  const RowKernels& kernels = *correction.kernels;
   const int64_t width = correction.u.channels_in;
   MacRows mac{tile.residual, tile.mac_index, 0};
   for (int64_t m = 0; m < count; ++m) {
     const int64_t row = first + m;
-    CopyRow(data.main_codes + row * width, data.main_scale[row], width, tile.main, m);
-    std::memset(tile.latent.row(m), 0, static_cast<size_t>(tile.latent.stride));
+    CopyRow(kernels, data.main_codes + row * width, data.main_scale[row], tile.main, m);
     if (!TakesMac(correction, data.modality, row)) continue;
-    CopyRow(data.residual_codes + row * width, data.residual_scale[row], width, tile.residual,
+    CopyRow(kernels, data.residual_codes + row * width, data.residual_scale[row], tile.residual,
             mac.count);
     tile.mac_index[mac.count++] = m;
   }
@@ -70,11 +66,17 @@ void CorrectTile(const Correction& correction, const CorrectionRows& data, int64
   QuantizeLatent(correction, tile.main, mac, count, tile.floats, tile.latent);
   const int64_t outputs = correction.v.channels_out;
   FloatTile terms;
-  for (int64_t panel = 0; panel < correction.v.panels(); ++panel) {
-    PanelTerms(correction.v, panel, tile.latent, count, terms);
-    const int64_t width = PanelWidth(correction.v, panel);
-    for (int64_t m = 0; m < count; ++m) {
-      std::copy_n(terms + m * kPanel, width, data.output + (first + m) * outputs + panel * kPanel);
+  const int64_t step = TilePanels(count);
+  for (int64_t begin = 0; begin < correction.v.panels(); begin += step) {
+    const PanelRange panels{begin, std::min(correction.v.panels() - begin, step)};
+    PanelTerms(correction.v, panels, tile.latent, count, terms);
+    const float* row = terms;
+    for (int64_t panel = panels.first; panel < panels.first + panels.count; ++panel) {
+      float* output = data.output + first * outputs + panel * kPanel;
+      const int64_t width = PanelWidth(correction.v, panel);
+      for (int64_t m = 0; m < count; ++m, row += kPanel, output += outputs) {
+        std::copy_n(row, width, output);
+      }
     }
   }
 }

@@ -14,12 +14,18 @@ constexpr int kLatentBits = 8;
 void AddBranch(const Correction& correction, const CodeRows& rows, const int64_t* index,
                int64_t count, const float* gate, int64_t rank, float* z) {
   FloatTile terms;
-  for (int64_t first = 0; first < rank; first += kPanel) {
-    PanelTerms(correction.u, first / kPanel, rows, count, terms);
-    const int64_t width = std::min(rank - first, kPanel);
-    for (int64_t m = 0; m < count; ++m) {
-      float* target = z + (index != nullptr ? index[m] : m) * correction.rank() + first;
-      for (int64_t n = 0; n < width; ++n) target[n] += terms[m * kPanel + n] * gate[first + n];
+  const int64_t panels = CeilDiv(rank, kPanel);
+  const int64_t step = TilePanels(count);
+  for (int64_t panel = 0; panel < panels; panel += step) {
+    const PanelRange range{panel, std::min(panels - panel, step)};
+    PanelTerms(correction.u, range, rows, count, terms);
+    const float* row = terms;
+    for (int64_t first = panel * kPanel; first < (panel + range.count) * kPanel; first += kPanel) {
+      const int64_t width = std::min(rank - first, kPanel);
+      for (int64_t m = 0; m < count; ++m, row += kPanel) {
+        float* target = z + (index != nullptr ? index[m] : m) * correction.rank() + first;
+        for (int64_t n = 0; n < width; ++n) target[n] += row[n] * gate[first + n];
+      }
     }
   }
 }
@@ -43,6 +49,8 @@ void QuantizeLatent(const Correction& correction, const CodeRows& main, const Ma
   for (int64_t m = 0; m < count; ++m) {
     latent.scale[m] = QuantizeRowValues(*correction.kernels, {kLatentBits}, workspace + m * rank,
                                         rank, latent.row(m));
+    ZeroPadding(latent, m);
+    SumCodes(*correction.kernels, latent, m);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "linear/code_rows.h"
 #include "linear/weight.h"
 #include "quantize/kernel.h"
 
@@ -37,7 +38,7 @@ inline bool TakesMac(const Correction& correction, const int8_t* modality, int64
 int64_t LatentWorkspace(const Correction& correction);
 
 // z = CWS + MAC of `count` <= kTileRows rows, quantized per token at 8 bits into `latent`
-// (channels: rank; the padding is the caller's). main: codes of all rows, read if cws_rank > 0.
+// (channels: rank). main: codes of all rows, read if cws_rank > 0.
 void QuantizeLatent(const Correction& correction, const CodeRows& main, const MacRows& mac,
                     int64_t count, float* workspace, const CodeRows& latent);
 

@@ -5,51 +5,66 @@
 namespace splitq {
 namespace {
 
-using SumTile = int32_t[kTileRows * kPanel];
+using SumTile = int32_t[3 * kTileRows * kPanel];
 
-void Multiply(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
-              int64_t k_begin, int64_t k_end, int32_t* sums) {
-  weight.kernel->run({rows.codes, rows.stride, count, weight.panel(panel), k_begin, k_end, sums});
-}
-
-// Scales of the 16 channels of a panel; those that do not exist have the scale 0.
-struct PanelScale {
-  float values[kPanel];
+// Channels [k_begin, k_end); `sum` is the place of their sum in a row's sums of codes.
+struct Range {
+  int64_t k_begin, k_end, sum;
 };
 
-PanelScale LoadScale(const float* scale, int64_t width) {
-  PanelScale result{};
-  std::copy_n(scale, width, result.values);
-  return result;
+void Multiply(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
+              const Range& range, int32_t* sums) {
+  weight.kernel->run({rows.codes, rows.stride, count, rows.sums + range.sum, rows.sums_stride(),
+                      weight.panel(panels.first), weight.panel_bytes(), panels.count, range.k_begin,
+                      range.k_end, sums});
 }
+
+// Scales of the channels of a few panels; those that do not exist have the scale 0.
+class PanelScales {
+ public:
+  // scale: of the weight's first channel
+  PanelScales(const PackedWeight& weight, const float* scale, PanelRange panels)
+      : values_(scale + panels.first * kPanel) {
+    const int64_t exist = weight.channels_out - panels.first * kPanel;
+    if (exist >= panels.count * kPanel) return;
+    std::fill(std::copy_n(values_, exist, copy_), copy_ + panels.count * kPanel, 0.0f);
+    values_ = copy_;
+  }
+  PanelScales(const PanelScales&) = delete;
+  PanelScales& operator=(const PanelScales&) = delete;
+
+  const float* values() const { return values_; }
+
+ private:
+  const float* values_;
+  float copy_[TilePanels(1) * kPanel];
+};
 
 // One scale an output channel: (sum * row scale) * channel scale.
 template <bool add>
-void ChannelTerms(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
-                  float* terms) {
+void ChannelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows,
+                  int64_t count, float* terms) {
   SumTile sums;
-  Multiply(weight, panel, rows, count, 0, weight.channels_in, sums);
-  const PanelScale scale = LoadScale(weight.scale + panel * kPanel, PanelWidth(weight, panel));
+  Multiply(weight, panels, rows, count, {0, weight.channels_in, 0}, sums);
+  const PanelScales scales(weight, weight.scale, panels);
   const auto run = add ? weight.terms->add : weight.terms->set;
-  run({sums, rows.scale, scale.values, count}, terms);
+  run({sums, rows.scale, scales.values(), count, panels.count}, terms);
 }
 
 // One scale a block and output channel: (sum over blocks of sum * channel scale) * row scale.
-void BlockTerms(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
+void BlockTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
                 float* terms) {
   SumTile sums;
-  const int64_t width = PanelWidth(weight, panel);
-  const float* scales = weight.scale + panel * kPanel;
-  std::fill(terms, terms + count * kPanel, 0.0f);
-  for (int64_t k = 0; k < weight.channels_in; k += weight.block_size) {
+  std::fill(terms, terms + panels.count * count * kPanel, 0.0f);
+  int64_t block = 0;
+  for (int64_t k = 0; k < weight.channels_in; k += weight.block_size, ++block) {
     const int64_t k_end = std::min(weight.channels_in - k, weight.block_size) + k;
-    Multiply(weight, panel, rows, count, k, k_end, sums);
-    const PanelScale scale = LoadScale(scales, width);
-    weight.terms->add_block({sums, rows.scale, scale.values, count}, terms);
-    scales += weight.channels_out;
+    Multiply(weight, panels, rows, count, {k, k_end, 1 + block}, sums);
+    const PanelScales scales(weight, weight.scale + block * weight.channels_out, panels);
+    weight.terms->add_block({sums, rows.scale, scales.values(), count, panels.count}, terms);
   }
-  for (int64_t m = 0; m < count; ++m) {
-    for (int64_t n = 0; n < width; ++n) terms[m * kPanel + n] *= rows.scale[m];
+  for (int64_t i = 0; i < panels.count * count; ++i) {
+    for (int64_t n = 0; n < kPanel; ++n) terms[i * kPanel + n] *= rows.scale[i % count];
   }
 }
 
@@ -59,15 +74,15 @@ int64_t PanelWidth(const PackedWeight& weight, int64_t panel) {
   return std::min(weight.channels_out - panel * kPanel, kPanel);
 }
 
-void PanelTerms(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
+void PanelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
                 float* terms) {
   const auto compute = weight.block_size > 0 ? BlockTerms : ChannelTerms<false>;
-  compute(weight, panel, rows, count, terms);
+  compute(weight, panels, rows, count, terms);
 }
 
-void AddPanelTerms(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
-                   float* total) {
-  ChannelTerms<true>(weight, panel, rows, count, total);
+void AddPanelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows,
+                   int64_t count, float* total) {
+  ChannelTerms<true>(weight, panels, rows, count, total);
 }
 
 }  // namespace splitq

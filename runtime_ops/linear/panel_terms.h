@@ -1,26 +1,38 @@
-// Scaled products of a few rows with one panel of 16 output channels.
+// Scaled products of a few rows with a few panels of 16 output channels.
 #pragma once
 
 #include <cstdint>
 
+#include "linear/code_rows.h"
 #include "linear/weight.h"
 
 namespace splitq {
 
-inline constexpr int64_t kTileRows = 64;  // amortizes the unpacking of a panel; sums stay in L1
+// A tile: amortizes the unpacking of panels and the loading of codes; its sums stay in the L1
+// cache.
+inline constexpr int64_t kTileRows = 64;
 
-// Floats of a tile: [kTileRows, 16].
-using FloatTile = float[kTileRows * kPanel];
+// Of a tile of so many rows; with few, more, because every tile has a cost of its own.
+constexpr int64_t TilePanels(int64_t rows) { return rows <= 32 ? 6 : 3; }
 
-// terms[m][n] = sum * row scale * channel scale (docs/ops.md, SplitQLinear), for rows <= kTileRows.
-// With blocks, the sums of the blocks are scaled and added in order before the row scale.
-// Columns at and after channels_out become zero.
-void PanelTerms(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
+// Floats of a tile: [panels, rows, 16], dense.
+using FloatTile = float[3 * kTileRows * kPanel];
+
+// Panels [first, first + count) of a weight; count <= TilePanels(rows of the tile).
+struct PanelRange {
+  int64_t first;
+  int64_t count;
+};
+
+// terms[p][m][n] = sum * row scale * channel scale (docs/ops.md, SplitQLinear), for `count` <=
+// kTileRows rows. With blocks, the sums of the blocks are scaled and added in order before the row
+// scale. Columns at and after channels_out become zero.
+void PanelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
                 float* terms);
 
 // The same added to `total`, for a weight without blocks.
-void AddPanelTerms(const PackedWeight& weight, int64_t panel, const CodeRows& rows, int64_t count,
-                   float* total);
+void AddPanelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows,
+                   int64_t count, float* total);
 
 // Output channels in this panel, 16 but for the last one.
 int64_t PanelWidth(const PackedWeight& weight, int64_t panel);

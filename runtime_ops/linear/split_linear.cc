@@ -1,10 +1,9 @@
 // Two passes over tasks: row tiles to codes (and latent codes of the correction), then tiles of
-// rows x 16 output channels to y. A second pass starts when all codes exist, because every output
-// channel needs every input channel.
+// rows x a few panels of output channels to y. A second pass starts when all codes exist, because
+// every output channel needs every input channel.
 #include "linear/split_linear.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "include/scratch.h"
 #include "linear/panel_terms.h"
@@ -29,24 +28,19 @@ struct Buffers {
   int64_t* mac_index = nullptr;  // [rows]
 };
 
-CodeRows TakeRows(Scratch& scratch, int64_t rows, int64_t channels) {
-  const int64_t stride = RoundUp(channels, kCodeRowAlign);
-  int8_t* codes = scratch.Take<int8_t>(rows * stride);
-  return {codes, stride, scratch.Take<float>(rows)};
-}
-
 Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
   Buffers buffers;
   for (int g = 0; g < kGroups; ++g) {
     const int64_t width = layer.activation.groups[g].width;
-    if (width > 0) buffers.codes[g] = TakeRows(scratch, rows, width);
+    if (width == 0) continue;
+    buffers.codes[g] = TakeCodeRows(scratch, rows, width, layer.weights[g].block_size);
   }
   buffers.task_floats = RowWorkspace(layer.activation);
   if (layer.corrected) {
-    buffers.latent = TakeRows(scratch, rows, layer.correction.rank());
+    buffers.latent = TakeCodeRows(scratch, rows, layer.correction.rank());
     buffers.task_floats = std::max(buffers.task_floats, LatentWorkspace(layer.correction));
     if (layer.correction.mac_rank > 0) {
-      buffers.residual = TakeRows(scratch, rows, layer.activation.groups[kMain].width);
+      buffers.residual = TakeCodeRows(scratch, rows, layer.activation.groups[kMain].width);
       buffers.mac_index = scratch.Take<int64_t>(rows);
     }
   }
@@ -54,8 +48,10 @@ Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
   return buffers;
 }
 
-void ZeroPadding(const CodeRows& rows, int64_t row, int64_t width) {
-  std::memset(rows.row(row) + width, 0, static_cast<size_t>(rows.stride - width));
+// Completes row m, whose codes are written.
+void Finish(const RowKernels& kernels, const CodeRows& rows, int64_t m) {
+  ZeroPadding(rows, m);
+  SumCodes(kernels, rows, m);
 }
 
 // Codes of rows [first, first + count); residual codes only of the rows that take MAC, gathered at
@@ -72,15 +68,19 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
       if (plan.groups[g].width == 0) continue;
       target.codes[g] = buffers.codes[g].row(m);
       target.scale[g] = buffers.codes[g].scale + m;
-      ZeroPadding(buffers.codes[g], m, plan.groups[g].width);
     }
     if (has_mac && TakesMac(layer.correction, data.modality, m)) {
       target.residual = mac.residual.row(mac.count);
       target.residual_scale = mac.residual.scale + mac.count;
-      ZeroPadding(mac.residual, mac.count, plan.groups[kMain].width);
-      index[mac.count++] = m - first;
     }
     QuantizeRow(plan, data.x + m * plan.channels, floats, target);
+    for (int g = 0; g < kGroups; ++g) {
+      if (plan.groups[g].width > 0) Finish(*plan.kernels, buffers.codes[g], m);
+    }
+    if (target.residual != nullptr) {
+      Finish(*plan.kernels, mac.residual, mac.count);
+      index[mac.count++] = m - first;
+    }
   }
   return mac;
 }
@@ -93,7 +93,6 @@ void PrepareTile(const SplitLinear& layer, const SplitLinearRows& data, const Bu
   const MacRows mac = PrepareCodes(layer, data, buffers, first, count, floats);
   if (!layer.corrected) return;
   const CodeRows latent = buffers.latent.from(first);
-  for (int64_t m = 0; m < count; ++m) ZeroPadding(latent, m, layer.correction.rank());
   QuantizeLatent(layer.correction, buffers.codes[kMain].from(first), mac, count, floats, latent);
 }
 
@@ -105,27 +104,31 @@ void StoreNarrow(const float* terms, int64_t rows, int64_t width, const float* b
   }
 }
 
-// y of rows [first, first + count) and the 16 channels of a panel, summed in the order main, text,
-// vision, correction, bias.
+// y of rows [first, first + count) and the channels of a few panels, summed in the order main,
+// text, vision, correction, bias.
 void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                int64_t first, int64_t count, int64_t panel) {
+                int64_t first, int64_t count, PanelRange panels) {
   FloatTile total;
-  const int64_t width = PanelWidth(layer.weights[kMain], panel);
-  PanelTerms(layer.weights[kMain], panel, buffers.codes[kMain].from(first), count, total);
+  PanelTerms(layer.weights[kMain], panels, buffers.codes[kMain].from(first), count, total);
   for (int g = kMain + 1; g < kGroups; ++g) {
     if (layer.activation.groups[g].width == 0) continue;
-    AddPanelTerms(layer.weights[g], panel, buffers.codes[g].from(first), count, total);
+    AddPanelTerms(layer.weights[g], panels, buffers.codes[g].from(first), count, total);
   }
   if (layer.corrected) {
-    AddPanelTerms(layer.correction.v, panel, buffers.latent.from(first), count, total);
+    AddPanelTerms(layer.correction.v, panels, buffers.latent.from(first), count, total);
   }
-  const float* bias = layer.bias != nullptr ? layer.bias + panel * kPanel : nullptr;
   const int64_t outputs = layer.channels_out();
-  float* y = data.y + first * outputs + panel * kPanel;
-  if (width == kPanel) {
-    layer.weights[kMain].terms->store(total, count, bias, y, outputs);
-  } else {
-    StoreNarrow(total, count, width, bias, y, outputs);
+  const float* terms = total;
+  for (int64_t panel = panels.first; panel < panels.first + panels.count; ++panel) {
+    const float* bias = layer.bias != nullptr ? layer.bias + panel * kPanel : nullptr;
+    float* y = data.y + first * outputs + panel * kPanel;
+    const int64_t width = PanelWidth(layer.weights[kMain], panel);
+    if (width == kPanel) {
+      layer.weights[kMain].terms->store(terms, count, bias, y, outputs);
+    } else {
+      StoreNarrow(terms, count, width, bias, y, outputs);
+    }
+    terms += count * kPanel;
   }
 }
 
@@ -145,12 +148,15 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
   const bool serial = weight_codes < kSerialWork / (data.rows + kUnpackWork);
   parallel(CeilDiv(data.rows, kPrepareRows), serial,
            [&](int64_t tile) { PrepareTile(layer, data, buffers, tile); });
-  const int64_t panels = layer.weights[kMain].panels();
-  const int64_t tiles = CeilDiv(data.rows, kTileRows);
-  parallel(tiles * panels, serial, [&](int64_t task) {  // the panels of a row tile one by one
-    const int64_t first = task / panels * kTileRows;
+  const PackedWeight& main = layer.weights[kMain];
+  const int64_t step = TilePanels(std::min(data.rows, kTileRows));
+  const int64_t panel_tiles = CeilDiv(main.panels(), step);
+  const int64_t row_tiles = CeilDiv(data.rows, kTileRows);
+  parallel(row_tiles * panel_tiles, serial, [&](int64_t task) {  // a row tile's panels in turn
+    const int64_t first = task / panel_tiles * kTileRows;
     const int64_t count = std::min(data.rows - first, kTileRows);
-    OutputTile(layer, data, buffers, first, count, task % panels);
+    const int64_t panel = task % panel_tiles * step;
+    OutputTile(layer, data, buffers, first, count, {panel, std::min(main.panels() - panel, step)});
   });
 }
 

@@ -20,19 +20,8 @@ struct PackedWeight {
 
   int64_t panels() const { return CeilDiv(channels_out, kPanel); }
 
-  const uint8_t* panel(int64_t index) const {
-    return payload + index * PanelBytes(channels_in, kernel->bits);
-  }
-};
-
-// Rows of codes with a scale each.
-struct CodeRows {
-  int8_t* codes = nullptr;  // [rows, channels]
-  int64_t stride = 0;       // bytes, a multiple of kCodeRowAlign, padded with zeros
-  float* scale = nullptr;   // [rows]
-
-  int8_t* row(int64_t m) const { return codes + m * stride; }
-  CodeRows from(int64_t m) const { return {row(m), stride, scale + m}; }
+  int64_t panel_bytes() const { return PanelBytes(channels_in, kernel->bits); }
+  const uint8_t* panel(int64_t index) const { return payload + index * panel_bytes(); }
 };
 
 }  // namespace splitq

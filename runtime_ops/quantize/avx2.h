@@ -7,6 +7,7 @@ namespace splitq {
 
 Extremes FindExtremesAvx2(const float* values, int64_t width);
 void EncodeAvx2(const float* values, int64_t width, Encoding encoding, int8_t* codes);
+int32_t SumCodesAvx2(const int8_t* codes, int64_t width);
 void SubtractCodesAvx2(const float* values, const int8_t* codes, float scale, int64_t width,
                        float* out);
 void ApplyKroneckerAvx2(const KroneckerFactors& factors, const float* g, float* work, float* out);

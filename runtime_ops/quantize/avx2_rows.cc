@@ -100,6 +100,21 @@ void EncodeAvx2(const float* values, int64_t width, Encoding encoding, int8_t* c
   }
 }
 
+int32_t SumCodesAvx2(const int8_t* codes, int64_t width) {
+  __m256i total = _mm256_setzero_si256();
+  int64_t i = 0;
+  for (; i + 32 <= width; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  int32_t sum = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+  for (; i < width; ++i) sum += codes[i];
+  return sum;
+}
+
 void SubtractCodesAvx2(const float* values, const int8_t* codes, float scale, int64_t width,
                        float* out) {
   const __m256 scales = _mm256_set1_ps(scale);

@@ -38,6 +38,9 @@ struct RowKernels {
   // codes: [width]
   void (*encode)(const float* values, int64_t width, Encoding encoding, int8_t* codes);
 
+  // The sum of the codes. codes: [width], width at most kMaxChannelsIn of pack/layout.h
+  int32_t (*sum_codes)(const int8_t* codes, int64_t width);
+
   // out = values - codes * scale, product and difference rounded one after the other.
   void (*subtract_codes)(const float* values, const int8_t* codes, float scale, int64_t width,
                          float* out);

@@ -7,6 +7,7 @@ namespace splitq {
 
 Extremes FindExtremesNeon(const float* values, int64_t width);
 void EncodeNeon(const float* values, int64_t width, Encoding encoding, int8_t* codes);
+int32_t SumCodesNeon(const int8_t* codes, int64_t width);
 void SubtractCodesNeon(const float* values, const int8_t* codes, float scale, int64_t width,
                        float* out);
 void ApplyKroneckerNeon(const KroneckerFactors& factors, const float* g, float* work, float* out);

@@ -71,6 +71,17 @@ void EncodeNeon(const float* values, int64_t width, Encoding encoding, int8_t* c
   }
 }
 
+int32_t SumCodesNeon(const int8_t* codes, int64_t width) {
+  int32x4_t total = vdupq_n_s32(0);
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) {
+    total = vpadalq_s16(total, vpaddlq_s8(vld1q_s8(codes + i)));
+  }
+  int32_t sum = vaddvq_s32(total);
+  for (; i < width; ++i) sum += codes[i];
+  return sum;
+}
+
 void SubtractCodesNeon(const float* values, const int8_t* codes, float scale, int64_t width,
                        float* out) {
   int64_t i = 0;

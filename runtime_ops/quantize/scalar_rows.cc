@@ -38,6 +38,12 @@ void EncodeScalar(const float* __restrict values, int64_t width, Encoding encodi
   }
 }
 
+int32_t SumCodesScalar(const int8_t* codes, int64_t width) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < width; ++i) sum += codes[i];
+  return sum;
+}
+
 void SubtractCodesScalar(const float* __restrict values, const int8_t* __restrict codes,
                          float scale, int64_t width, float* __restrict out) {
   for (int64_t i = 0; i < width; ++i) {

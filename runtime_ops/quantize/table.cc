@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "quantize/avx2.h"
+#include "quantize/avx512.h"
 #include "quantize/neon.h"
 #include "quantize/scalar.h"
 
@@ -11,14 +12,20 @@ namespace {
 
 // Fastest first; the scalar kernels run everywhere and end the list.
 constexpr RowKernels kRowKernels[] = {
+#if defined(SPLITQ_AVX512VNNI)
+    {"rows_avx512vnni", Isa::kAvx512Vnni, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2, SubtractCodesAvx2,
+     ApplyKroneckerAvx512},
+#endif
 #if defined(SPLITQ_AVX2)
-    {"rows_avx2", Isa::kAvx2, FindExtremesAvx2, EncodeAvx2, SubtractCodesAvx2, ApplyKroneckerAvx2},
+    {"rows_avx2", Isa::kAvx2, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2, SubtractCodesAvx2,
+     ApplyKroneckerAvx2},
 #endif
 #if defined(SPLITQ_NEON)
-    {"rows_neon", Isa::kNeon, FindExtremesNeon, EncodeNeon, SubtractCodesNeon, ApplyKroneckerNeon},
+    {"rows_neon", Isa::kNeon, FindExtremesNeon, EncodeNeon, SumCodesNeon, SubtractCodesNeon,
+     ApplyKroneckerNeon},
 #endif
-    {"rows_scalar", Isa::kScalar, FindExtremesScalar, EncodeScalar, SubtractCodesScalar,
-     ApplyKroneckerScalar},
+    {"rows_scalar", Isa::kScalar, FindExtremesScalar, EncodeScalar, SumCodesScalar,
+     SubtractCodesScalar, ApplyKroneckerScalar},
 };
 
 }  // namespace

@@ -36,13 +36,13 @@ def _library() -> str:
     options = onnxruntime.SessionOptions()
     try:
         runtime_ops.register(options)
-        isa = _isa(path)
+        isa = native_isa(path)
     except Exception as error:
         return f"native library: {path.name} cannot be loaded ({' '.join(str(error).split())})"
     return f"native library: {path.name}, {isa} kernels"
 
 
-def _isa(path: Path) -> str:
+def native_isa(path: Path) -> str:
     """The instruction set that the library chose: of what it has, the best of this processor that SPLITQ_ISA allows."""
     name = ctypes.CDLL(str(path)).SplitQIsa
     name.restype = ctypes.c_char_p

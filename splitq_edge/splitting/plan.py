@@ -12,7 +12,7 @@ from splitq_edge.calibration.observer import SiteStats
 from splitq_edge.config import SplitConfig
 from splitq_edge.errors import SplitQError
 from splitq_edge.quant.transforms import has_balanced_factors
-from splitq_edge.splitting.outliers import choose_channels, halves_by_rank
+from splitq_edge.splitting.outliers import choose_channels, halves_by_rank, largest_channels
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +112,11 @@ def plan_split(stats: SiteStats, config: SplitConfig, *, balanced: bool = True, 
 def _chosen(stats: SiteStats, config: SplitConfig, total: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """C_v and C_t by the rule of the recipe."""
     counts = total - total // 2, total // 2
+    # Without vision tokens the largest magnitudes there are take the vision group.
+    vision_absmax = stats.vision_absmax if stats.vision_tokens else stats.text_absmax
     if config.rule == "mocd":
         if stats.text_rows.shape[0] == 0:
             raise SplitQError(f"{stats.name}: expected text tokens in the calibration data, got none; use chat samples")
-        # Without vision tokens the largest magnitudes there are take the vision group.
-        vision_absmax = stats.vision_absmax if stats.vision_tokens else stats.text_absmax
         return choose_channels(
             vision_absmax,
             stats.text_rows[:: max(1, -(-stats.text_rows.shape[0] // SCORED_ROWS))],
@@ -124,6 +124,11 @@ def _chosen(stats: SiteStats, config: SplitConfig, total: int, seed: int) -> tup
             text_count=counts[1],
             clusters=config.clusters,
         )
+    if config.rule == "modality-max":
+        vision = largest_channels(vision_absmax, counts[0])
+        rest = stats.text_absmax.clone()
+        rest[vision] = -1.0  # below every magnitude
+        return vision, largest_channels(rest, counts[1])
     if config.rule == "random":
         site_seed = seed ^ int.from_bytes(hashlib.sha256(stats.name.encode()).digest()[:4], "little")
         order = torch.randperm(stats.channels, generator=torch.Generator().manual_seed(site_seed))

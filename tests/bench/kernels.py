@@ -1,12 +1,15 @@
-"""Time the quantized linear layers in ONNX Runtime, beside what else runs there, in one interleaved run.
+"""Time the quantized linear layers in ONNX Runtime, beside its own and llama.cpp's, in one interleaved run.
 
-    python tests/bench/kernels.py --json build/bench/kernels.json
+    bash tests/bench/peers/build.sh python build/peers
+    python tests/bench/kernels.py --native build/peers/cmake/libbench_peers.so --json build/bench/kernels.json
 
 A case is a model of several equal layers with their own copies of the weights, together larger than the caches, as a
 decoder pass through a whole model finds them. Every round runs every case once in turn, so that all see the same
-machine; the time of a case is the median over the rounds, activation quantization included. Our
-cases of one channel group are compared with plain integer arithmetic before anything is timed; the whole SplitQ layers
-are not (tests/parity does that), and their bytes count the main weight as if it had all channels.
+machine; the time of a case is the median over the rounds, activation quantization included: processor time with one
+thread, elapsed time with more. Our cases of one channel
+group are compared with plain integer arithmetic before anything is timed, llama.cpp's with the product of their
+rounded weights; the whole SplitQ layers are not (tests/parity does that), and their bytes count the main weight as if
+it had all channels. Without --native llama.cpp's cases and the integer peak are left out.
 """
 
 from __future__ import annotations
@@ -17,17 +20,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import click
 import numpy as np
 import onnx
 import onnxruntime as ort
+from ggml import GgmlLayer, NativeLibrary
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
 from splitq_edge import runtime_ops
+from splitq_edge.commands.doctor import native_isa
 from splitq_edge.exporters.nodes import DOMAIN, SplitQLinearSpec, make_node, weight_initializer
 from splitq_edge.quant.transforms import factor_pair
 from splitq_edge.splitting.plan import outlier_width
@@ -36,6 +42,10 @@ MICROSOFT = "com.microsoft"
 COLD_BYTES = 160e6
 SHAPES = "576x960,576x3072,1536x576,2048x2048,2048x8192,8192x2048,4096x4096,4096x14336"
 TOLERANCE = 1e-5  # relative, of float sums in another order
+GGML_TOLERANCE = 0.02  # relative, of activations quantized by blocks to 8 bits
+COLD_ROWS = 16  # with more, a layer's weight is read once for so much work that two copies will do
+LARGE = 2048  # input and output channels
+OWN_PEERS = ("W4A8", "W3A8", "W3A3")  # layers of ours that the others are compared with as well
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,20 @@ class Case:
         wbits: bits of the weight, 32 for float.
         abits: bits of the activation.
         group: input channels a scale, 0 for one scale an output channel.
-        build: makes the nodes and initializers of one copy: (K, N, copy) -> nodes, initializers, output name.
+        build: makes the nodes and initializers of one copy: (K, N, copy) -> nodes, initializers; None for llama.cpp's.
         peer: whether others made it.
+        ggml: llama.cpp's name of the weight's type.
+        repacked: whether llama.cpp is to store it in its order for this processor.
     """
 
     name: str
     wbits: int
     abits: int
     group: int
-    build: Callable[[int, int, int], tuple[list[onnx.NodeProto], list[TensorProto]]]
+    build: Callable[[int, int, int], tuple[list[onnx.NodeProto], list[TensorProto]]] | None
     peer: bool = True
+    ggml: str = ""
+    repacked: bool = False
 
     def weight_bytes(self, k: int, n: int) -> float:
         """Bytes of one copy's weight and scales."""
@@ -67,8 +81,32 @@ def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@lru_cache(maxsize=4)
 def codes(k: int, n: int, bits: int) -> np.ndarray:
     return rng(k, n, bits).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (k, n), dtype=np.int8)
+
+
+@lru_cache(maxsize=1)
+def packed_codes(k: int, n: int, bits: int, group: int) -> bytes:
+    return bytes(weight_initializer("w", codes(k, n, bits), bits, True, group).SerializeToString())
+
+
+def packed_weight(name: str, k: int, n: int, bits: int, group: int) -> TensorProto:
+    tensor = TensorProto.FromString(packed_codes(k, n, bits, group))
+    tensor.name = name
+    return tensor
+
+
+@lru_cache(maxsize=1)
+def random_bytes(*shape: int) -> np.ndarray:
+    return rng(*shape).integers(0, 256, shape, dtype=np.uint8)
+
+
+def made_unique(weight: np.ndarray, copy: int) -> np.ndarray:
+    """The weight with the copy's number in its first element: ONNX Runtime keeps equal prepacked weights once."""
+    weight = weight.copy()
+    weight.flat[0] = copy
+    return weight
 
 
 def scales(*shape: int) -> np.ndarray:
@@ -84,7 +122,7 @@ def ours(name: str, wbits: int, abits: int, *, group: int = 0) -> Case:
         )
         scale = scales(-(-k // group), n) if group else scales(n)
         tensors = [
-            weight_initializer(f"w{copy}", codes(k, n, wbits), wbits, True, group),
+            packed_weight(f"w{copy}", k, n, wbits, group),
             numpy_helper.from_array(scale, f"s{copy}"),
         ]
         inputs = {"x": "x", "weight_main": f"w{copy}", "scale_main": f"s{copy}"}
@@ -96,7 +134,8 @@ def ours(name: str, wbits: int, abits: int, *, group: int = 0) -> Case:
 def whole_splitq(name: str, wbits: int, abits: int) -> Case:
     """Transform, three channel groups, CWS and MAC on all rows, with the presets' ratios."""
 
-    def build(k: int, n: int, copy: int) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    @lru_cache(maxsize=1)
+    def parts(k: int, n: int) -> tuple[SplitQLinearSpec, dict[str, bytes]]:
         outliers = outlier_width(k, 0.02)
         widths = (k - outliers, outliers // 2, outliers - outliers // 2)
         full = min(widths[0], n)
@@ -135,6 +174,11 @@ def whole_splitq(name: str, wbits: int, abits: int) -> Case:
             tensors[f"p2_{group}"] = numpy_helper.from_array(np.linalg.qr(rng(b).random((b, b)))[0].astype(np.float32))
             tensors[f"weight_{group}"] = weight_initializer("w", codes(width, n, bits), bits, True)
             tensors[f"scale_{group}"] = numpy_helper.from_array(scales(n))
+        return spec, {part: bytes(tensor.SerializeToString()) for part, tensor in tensors.items()}
+
+    def build(k: int, n: int, copy: int) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+        spec, stored = parts(k, n)
+        tensors = {part: TensorProto.FromString(data) for part, data in stored.items()}
         for part, tensor in tensors.items():
             tensor.name = f"{part}{copy}"
         inputs = {"x": "x"} | {part: tensor.name for part, tensor in tensors.items()}
@@ -148,9 +192,9 @@ def matmul_nbits(bits: int, block: int) -> Case:
 
     def build(k: int, n: int, copy: int) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
         blocks = -(-k // block)
-        packed = rng(k, n).integers(0, 256, (n, blocks, block * bits // 8), dtype=np.uint8)
+        packed = random_bytes(n, blocks, block * bits // 8)
         tensors = [
-            numpy_helper.from_array(packed, f"w{copy}"),
+            numpy_helper.from_array(made_unique(packed, copy), f"w{copy}"),
             numpy_helper.from_array(scales(n * blocks), f"s{copy}"),
         ]
         attributes = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": 4}
@@ -162,7 +206,10 @@ def matmul_nbits(bits: int, block: int) -> Case:
 
 def matmul_integer(k: int, n: int, copy: int) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
     """Dynamic int8 quantization, the integer product, and its scale."""
-    tensors = [numpy_helper.from_array(codes(k, n, 8), f"w{copy}"), numpy_helper.from_array(scales(n), f"s{copy}")]
+    tensors = [
+        numpy_helper.from_array(made_unique(codes(k, n, 8), copy), f"w{copy}"),
+        numpy_helper.from_array(scales(n), f"s{copy}"),
+    ]
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["x"], [f"q{copy}", f"qs{copy}", f"qz{copy}"]),
         helper.make_node("MatMulInteger", [f"q{copy}", f"w{copy}", f"qz{copy}"], [f"i{copy}"]),
@@ -173,9 +220,16 @@ def matmul_integer(k: int, n: int, copy: int) -> tuple[list[onnx.NodeProto], lis
     return nodes, tensors
 
 
+@lru_cache(maxsize=1)
+def float_weight(k: int, n: int) -> np.ndarray:
+    return rng(k, n).random((k, n), dtype=np.float32)
+
+
 def matmul_float(k: int, n: int, copy: int) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
-    weight = rng(k, n).random((k, n), dtype=np.float32)
-    return [helper.make_node("MatMul", ["x", f"w{copy}"], [f"y{copy}"])], [numpy_helper.from_array(weight, f"w{copy}")]
+    weight = float_weight(k, n)
+    return [helper.make_node("MatMul", ["x", f"w{copy}"], [f"y{copy}"])], [
+        numpy_helper.from_array(made_unique(weight, copy), f"w{copy}")
+    ]
 
 
 CASES = (
@@ -188,24 +242,72 @@ CASES = (
     matmul_nbits(2, 64),
     Case("MatMulInteger", 8, 8, 0, matmul_integer),
     Case("MatMul fp32", 32, 32, 0, matmul_float),
+    Case("ggml Q4_0 repacked", 4, 8, 32, None, ggml="q4_0", repacked=True),
+    Case("ggml Q4_K repacked", 4, 8, 32, None, ggml="q4_K", repacked=True),
+    Case("ggml Q4_K", 4, 8, 32, None, ggml="q4_K"),
+    Case("ggml Q3_K", 3, 8, 16, None, ggml="q3_K"),
+    Case("ggml Q2_K", 2, 8, 16, None, ggml="q2_K", repacked=True),
 )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Where layers are timed: [M, K] times [K, N] on so many threads."""
+
+    k: int
+    n: int
+    m: int
+    threads: int
+    cold: float  # bytes that the weights of all copies take together, at least
+
+    def copies(self, case: Case) -> int:
+        """Layers of a case's model."""
+        if self.m > COLD_ROWS:
+            return 2
+        return max(2, int(np.ceil(self.cold / case.weight_bytes(self.k, self.n))))
+
+    def x(self) -> np.ndarray:
+        """[M, K] float32."""
+        return rng(self.m, self.k).standard_normal((self.m, self.k), dtype=np.float32)
+
+
 class Timed:
-    """A case at one shape, ready to run.
+    """A case in a setting, ready to run."""
 
-    Args:
-        case: the kind of layer.
-        k: input channels.
-        n: output channels.
-        m: rows.
-        threads: intra-op threads.
-        cold: bytes that the weights of all copies take together, at least.
-    """
+    def __init__(self, case: Case, setting: Setting) -> None:
+        self.case, self.setting = case, setting
+        self.copies = setting.copies(case)
+        self.seconds: list[float] = []
 
-    def __init__(self, case: Case, k: int, n: int, m: int, threads: int, cold: float) -> None:
-        self.case = case
-        self.copies = max(2, int(np.ceil(cold / case.weight_bytes(k, n)))) if m <= 16 else 2
+    def run(self) -> None:
+        """One pass over all copies; keeps the time of one."""
+        clock = time.thread_time if self.setting.threads == 1 else time.perf_counter
+        start = clock()
+        self._run()
+        self.seconds.append((clock() - start) / self.copies)
+
+    def microseconds(self) -> float:
+        """Median over the passes."""
+        return statistics.median(self.seconds) * 1e6
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Compare the first copy's result with what it must be.
+
+        Raises:
+            click.ClickException: they differ.
+        """
+
+
+class OrtTimed(Timed):
+    """A case that ONNX Runtime runs."""
+
+    def __init__(self, case: Case, setting: Setting) -> None:
+        super().__init__(case, setting)
+        k, n = setting.k, setting.n
+        assert case.build is not None
         built = [case.build(k, n, copy) for copy in range(self.copies)]
         outputs = [f"y{copy}" for copy in range(self.copies)]
         graph = helper.make_graph(
@@ -218,31 +320,61 @@ class Timed:
         opsets = [helper.make_opsetid(*pair) for pair in (("", 21), (MICROSOFT, 1), (DOMAIN, 1))]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = setting.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Threads that wait spinning after a run would take the next layer's processor.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         runtime_ops.register(options)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.binding = self.session.io_binding()
-        self.x = rng(m, k).standard_normal((m, k), dtype=np.float32)
+        self.x = setting.x()
         self.binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(self.x))
         for name in outputs:
-            self.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_shape_and_type([m, n], np.float32))
-        self.seconds: list[float] = []
+            self.binding.bind_ortvalue_output(
+                name, ort.OrtValue.ortvalue_from_shape_and_type([setting.m, n], np.float32)
+            )
 
-    def run(self) -> None:
-        """One pass over all copies; keeps the time of one."""
-        start = time.perf_counter()
+    def _run(self) -> None:
         self.session.run_with_iobinding(self.binding)
-        self.seconds.append((time.perf_counter() - start) / self.copies)
 
-    def microseconds(self) -> float:
-        """Median over the passes."""
-        return statistics.median(self.seconds) * 1e6
+    def check(self) -> None:
+        """See `Timed`; only plain layers of ours are compared."""
+        if self.case.peer or self.case.name.startswith("SplitQ"):
+            return
+        wanted = expected(self.case, self.x, self.setting.n)
+        error = float(np.abs(self.binding.copy_outputs_to_cpu()[0] - wanted).max() / np.abs(wanted).max())
+        if not error < TOLERANCE:
+            raise click.ClickException(f"{self.case.name}: expected the oracle's result, got an error of {error:.2g}")
 
-    def output(self) -> np.ndarray:
-        """[M, N] of the first copy."""
-        return self.binding.copy_outputs_to_cpu()[0]
+
+class GgmlTimed(Timed):
+    """A case that llama.cpp runs."""
+
+    def __init__(self, case: Case, setting: Setting, library: NativeLibrary) -> None:
+        super().__init__(case, setting)
+        self.layer = GgmlLayer(library, case.ggml, case.repacked, setting.x(), setting.n, self.copies, setting.threads)
+
+    def _run(self) -> None:
+        self.layer.run()
+
+    def check(self) -> None:
+        """See `Timed`."""
+        error = self.layer.error()
+        if not error < GGML_TOLERANCE:
+            raise click.ClickException(f"{self.case.name}: expected its weights' product, got an error of {error:.2g}")
+
+
+def start(case: Case, setting: Setting, library: NativeLibrary | None) -> Timed | None:
+    """The case, ready; None if it does not run here."""
+    if not case.ggml:
+        return OrtTimed(case, setting)
+    if library is None:
+        return None
+    try:
+        return GgmlTimed(case, setting, library)
+    except ValueError:  # a shape or a processor that llama.cpp has no such form for
+        return None
 
 
 def expected(case: Case, x: np.ndarray, n: int) -> np.ndarray:
@@ -271,41 +403,67 @@ def bandwidth(threads: int) -> float:
     return sum(part.nbytes for part in parts) / min(times)
 
 
-def rows_of(timed: list[Timed], k: int, n: int, m: int, threads: int, rate: float) -> Iterator[dict[str, object]]:
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do at best, measured.
+
+    Attributes:
+        bytes_per_second: from memory.
+        gops: 10^9 int8 operations a second, 0 if unknown.
+    """
+
+    bytes_per_second: float
+    gops: float
+
+    def roofline(self, size: float, operations: float) -> float | None:
+        """Seconds that a layer takes at least; None if that is unknown."""
+        if self.gops == 0:
+            return None
+        return max(size / self.bytes_per_second, operations / (self.gops * 1e9))
+
+
+def rows_of(timed: list[Timed], limits: Limits) -> Iterator[dict[str, object]]:
     """One row for each of our cases and each peer."""
-    peers = [other for other in timed if other.case.peer]
+    peers = [other for other in timed if other.case.peer or other.case.name in OWN_PEERS]
     for own in (each for each in timed if not each.case.peer):
-        us = own.microseconds()
-        size = own.case.weight_bytes(k, n)
+        setting, us = own.setting, own.microseconds()
+        size = own.case.weight_bytes(setting.k, setting.n)
+        operations = 2.0 * setting.m * setting.k * setting.n
+        best = limits.roofline(size, operations)
         row: dict[str, object] = {
             "case": own.case.name,
             "wbits": own.case.wbits,
             "abits": own.case.abits,
             "group": own.case.group,
-            "K": k,
-            "N": n,
-            "M": m,
-            "threads": threads,
+            "K": setting.k,
+            "N": setting.n,
+            "M": setting.m,
+            "threads": setting.threads,
             "us": round(us, 2),
             "gbps": round(size / us / 1e3, 2),
-            "gops": round(2 * m * k * n / us / 1e3, 1),
-            "roofline": round(size / rate * 1e6 / us, 3) if m == 1 else None,
+            "gops": round(operations / us / 1e3, 1),
+            "roofline": None if best is None else round(best * 1e6 / us, 3),
         }
         for peer in peers:
+            if peer is own:
+                continue
             peer_us = peer.microseconds()
             yield row | {"peer": peer.case.name, "peer_us": round(peer_us, 2), "ratio": round(peer_us / us, 3)}
 
 
-def check(timed: Timed, n: int) -> None:
-    """Compare a plain case of ours with integer arithmetic.
-
-    Raises:
-        click.ClickException: they differ.
-    """
-    wanted = expected(timed.case, timed.x, n)
-    error = float(np.abs(timed.output() - wanted).max() / np.abs(wanted).max())
-    if not error < TOLERANCE:
-        raise click.ClickException(f"{timed.case.name}: expected the oracle's result, got an error of {error:.2g}")
+def geometric_means(rows: list[dict[str, object]], large: int) -> Table:
+    """Ratios of the peers' times to ours over the shapes with K and N of `large` and more."""
+    table = Table(title=f"geometric means over shapes of {large} x {large} and larger", title_justify="left", box=None)
+    for name in ("layer", "peer", "M", "threads", "shapes", "peer's time / ours"):
+        table.add_column(name, justify="left" if name in ("layer", "peer") else "right")
+    ratios: dict[tuple[object, ...], list[float]] = {}
+    for row in rows:
+        if min(int(str(row["K"])), int(str(row["N"]))) >= large:
+            key = row["case"], row["peer"], row["M"], row["threads"]
+            ratios.setdefault(key, []).append(float(str(row["ratio"])))
+    for key, values in ratios.items():
+        table.add_row(*map(str, key), str(len(values)), f"{statistics.geometric_mean(values):.2f}")
+    return table
 
 
 @click.command(help=__doc__)
@@ -315,43 +473,56 @@ def check(timed: Timed, n: int) -> None:
 @click.option("--cases", default="", help="Only cases with one of these texts in their name.")
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--cold-mb", default=COLD_BYTES / 1e6, show_default=True, help="Weights of all copies together.")
+@click.option("--native", type=click.Path(path_type=Path), help="libbench_peers.so of peers/build.sh.")
 @click.option("--json", "path", type=click.Path(path_type=Path), default=Path("build/bench/kernels.json"))
-def main(shapes: str, rows: str, threads: str, cases: str, rounds: int, cold_mb: float, path: Path) -> None:
+def main(
+    shapes: str, rows: str, threads: str, cases: str, rounds: int, cold_mb: float, native: Path | None, path: Path
+) -> None:
     console = Console()
     wanted = [case for case in CASES if not cases or any(part in case.name for part in cases.split(","))]
+    library = NativeLibrary(native) if native else None
     found: list[dict[str, object]] = []
+    machine: dict[str, object] = {"onnxruntime": ort.__version__, "kernels": native_isa(runtime_ops.library_path())}
     for count in map(int, threads.split(",")):
-        rate = bandwidth(count)
-        console.print(f"{count} threads: {rate / 1e9:.1f} GB/s from memory")
+        limits = Limits(bandwidth(count), library.peak_gops(count) if library else 0.0)
+        machine[f"limits_{count}"] = {"gbps": round(limits.bytes_per_second / 1e9, 1), "gops": round(limits.gops)}
+        console.print(
+            f"{count} threads: {limits.bytes_per_second / 1e9:.1f} GB/s from memory, {limits.gops:.0f} GOPS of int8"
+        )
         for shape in shapes.split(","):
             k, n = map(int, shape.split("x"))
             for m in map(int, rows.split(",")):
-                timed = [Timed(case, k, n, m, count, cold_mb * 1e6) for case in wanted]
+                setting = Setting(k, n, m, count, cold_mb * 1e6)
+                timed = [each for case in wanted if (each := start(case, setting, library)) is not None]
                 for each in timed:
                     each.run()
-                    if not each.case.peer and not each.case.name.startswith("SplitQ"):
-                        check(each, n)
+                    each.check()
                     each.run()
                     each.seconds.clear()
                 for _ in range(rounds):
                     for each in timed:
                         each.run()
-                console.print(show(timed, k, n, m, count))
-                found += rows_of(timed, k, n, m, count, rate)
+                console.print(show(timed, setting))
+                found += rows_of(timed, limits)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"schema": 1, "rows": found}, indent=1) + "\n", encoding="utf-8")
+                lines = ",\n".join(json.dumps(row) for row in found)
+                text = f'{{"schema": 1, "machine": {json.dumps(machine)}, "rows": [\n{lines}\n]}}\n'
+                path.write_text(text, encoding="utf-8")
+    console.print(geometric_means(found, LARGE))
 
 
-def show(timed: list[Timed], k: int, n: int, m: int, threads: int) -> Table:
-    """Times of all cases, and how much longer each peer takes than W4A8."""
+def show(timed: list[Timed], setting: Setting) -> Table:
+    """Times of all cases, and how much longer each takes than W4A8."""
     base = next((each.microseconds() for each in timed if each.case.name == "W4A8"), None)
-    table = Table(title=f"{k} x {n}, {m} rows, {threads} threads", title_justify="left", box=None)
+    title = f"{setting.k} x {setting.n}, {setting.m} rows, {setting.threads} threads"
+    table = Table(title=title, title_justify="left", box=None)
     for name in ("layer", "us", "GOPS", "of W4A8's time"):
         table.add_column(name, justify="left" if name == "layer" else "right")
     for each in timed:
         us = each.microseconds()
         ratio = f"{us / base:.2f}" if base else ""
-        table.add_row(each.case.name, f"{us:.1f}", f"{2 * m * k * n / us / 1e3:.0f}", ratio)
+        gops = 2 * setting.m * setting.k * setting.n / us / 1e3
+        table.add_row(each.case.name, f"{us:.1f}", f"{gops:.0f}", ratio)
     return table
 
 

@@ -14,10 +14,10 @@
 namespace splitq::test {
 
 constexpr GemmKernel kKernels[] = {
-    {"qd8_qc2w_16x16c4_emulated", Isa::kAvx512Vnni, 2, RunEmulatedBits2},
-    {"qd8_qc3w_16x16c4_emulated", Isa::kAvx512Vnni, 3, RunEmulatedBits3},
-    {"qd8_qc4w_16x16c4_emulated", Isa::kAvx512Vnni, 4, RunEmulatedBits4},
-    {"qd8_qc8w_16x16c4_emulated", Isa::kAvx512Vnni, 8, RunEmulatedBits8},
+    {"qd8_qc2w_8x48c4_emulated", Isa::kAvx512Vnni, 2, RunEmulatedBits2},
+    {"qd8_qc3w_8x48c4_emulated", Isa::kAvx512Vnni, 3, RunEmulatedBits3},
+    {"qd8_qc4w_8x48c4_emulated", Isa::kAvx512Vnni, 4, RunEmulatedBits4},
+    {"qd8_qc8w_8x48c4_emulated", Isa::kAvx512Vnni, 8, RunEmulatedBits8},
 };
 
 List<GemmKernel> EmulatedKernels() { return {kKernels, std::size(kKernels)}; }

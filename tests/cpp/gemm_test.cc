@@ -25,7 +25,7 @@ int Pick(Fill fill, int low, int high, int64_t index, std::mt19937& random) {
 }
 
 struct Shape {
-  int64_t rows, channels;
+  int64_t rows, channels, panels;
   Fill code_fill, weight_fill;
   int64_t gap;  // bytes between the arrays and the forbidden page: alignments
 };
@@ -47,39 +47,51 @@ std::vector<Range> Ranges(int64_t channels) {
 
 void TestShape(const GemmKernel& kernel, const Shape& shape, std::mt19937& random, Report& report) {
   const int half = 1 << (kernel.bits - 1);
-  std::vector<int8_t> weight(shape.channels * kPanel);  // [K, 16]
+  const int64_t outputs = shape.panels * kPanel;
+  std::vector<int8_t> weight(shape.channels * outputs);  // [K, outputs]
   for (size_t i = 0; i < weight.size(); ++i) {
     weight[i] = static_cast<int8_t>(
-        Pick(shape.weight_fill, -half, half - 1, i / kPanel + i % kPanel, random));
+        Pick(shape.weight_fill, -half, half - 1, i / outputs + i % outputs, random));
   }
-  GuardedArray<uint8_t> panel(PanelBytes(shape.channels, kernel.bits), shape.gap);
-  Pack({reinterpret_cast<const uint8_t*>(weight.data()), false}, shape.channels, kPanel,
-       kernel.bits, panel.data());
-  const int64_t stride = RoundUp(shape.channels, kCodeRowAlign);
+  const int64_t panel_bytes = PanelBytes(shape.channels, kernel.bits);
+  GuardedArray<uint8_t> panels(shape.panels * panel_bytes, shape.gap);
+  Pack({reinterpret_cast<const uint8_t*>(weight.data()), false}, shape.channels, outputs,
+       kernel.bits, panels.data());
+  const int64_t stride = CodeRowStride(shape.channels);
   GuardedArray<int8_t> codes(shape.rows * stride, shape.gap);
   for (int64_t i = 0; i < shape.rows * stride; ++i) {
     const bool padding = i % stride >= shape.channels;
     codes[i] = padding ? int8_t{0}
                        : static_cast<int8_t>(Pick(shape.code_fill, -128, 127, i % stride, random));
   }
-  GuardedArray<int32_t> sums(shape.rows * kPanel, shape.gap / 4 * 4);
+  GuardedArray<int32_t> sums(shape.rows * outputs, shape.gap / 4 * 4);
+  constexpr int64_t kSumsStride = 3;
+  std::vector<int32_t> code_sums(static_cast<size_t>(shape.rows * kSumsStride));
   for (const Range& range : Ranges(shape.channels)) {
-    std::memset(sums.data(), 0x55, static_cast<size_t>(shape.rows * kPanel) * sizeof(int32_t));
-    kernel.run(
-        {codes.data(), stride, shape.rows, panel.data(), range.begin, range.end, sums.data()});
+    std::memset(sums.data(), 0x55, static_cast<size_t>(shape.rows * outputs) * sizeof(int32_t));
+    for (int64_t m = 0; m < shape.rows; ++m) {
+      int32_t& sum = code_sums[static_cast<size_t>(m * kSumsStride)];
+      sum = 0;
+      for (int64_t k = range.begin; k < range.end; ++k) sum += codes[m * stride + k];
+    }
+    kernel.run({codes.data(), stride, shape.rows, code_sums.data(), kSumsStride, panels.data(),
+                panel_bytes, shape.panels, range.begin, range.end, sums.data()});
     bool same = sums.Intact();
-    for (int64_t i = 0; i < shape.rows * kPanel; ++i) {
+    for (int64_t i = 0; i < shape.rows * outputs; ++i) {
+      const int64_t m = i / kPanel % shape.rows;
+      const int64_t n = i / (kPanel * shape.rows) * kPanel + i % kPanel;
       int64_t expected = 0;
       for (int64_t k = range.begin; k < range.end; ++k) {
-        expected += codes[i / kPanel * stride + k] * weight[k * kPanel + i % kPanel];
+        expected += codes[m * stride + k] * weight[k * outputs + n];
       }
       same = same && sums[i] == expected;
     }
-    report.Check(same && codes.Intact() && panel.Intact(),
-                 "%s: %d rows, %d channels, k %d to %d, fills %d and %d, gap %d", kernel.name,
-                 static_cast<int>(shape.rows), static_cast<int>(shape.channels),
-                 static_cast<int>(range.begin), static_cast<int>(range.end), shape.code_fill,
-                 shape.weight_fill, static_cast<int>(shape.gap));
+    report.Check(same && codes.Intact() && panels.Intact(),
+                 "%s: %d rows, %d channels, %d panels, k %d to %d, fills %d and %d, gap %d",
+                 kernel.name, static_cast<int>(shape.rows), static_cast<int>(shape.channels),
+                 static_cast<int>(shape.panels), static_cast<int>(range.begin),
+                 static_cast<int>(range.end), shape.code_fill, shape.weight_fill,
+                 static_cast<int>(shape.gap));
   }
 }
 
@@ -94,20 +106,21 @@ void TestGemm(List<GemmKernel> kernels, Isa isa, Report& report) {
          {1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 65, 100, 160, 257, 448}) {
       for (const int64_t rows : {1, 2, 3, 4, 7, 9, 14, 31, 64}) {
         if (rows > 14 && channels > 160) continue;
+        const int64_t panels = 1 + (channels + rows) % 7;
         for (int code_fill = 0; code_fill < kFills; ++code_fill) {
           for (int weight_fill = 0; weight_fill < kFills; ++weight_fill) {
             if ((code_fill == kRandom) != (weight_fill == kRandom)) continue;
             const int64_t gap = (code_fill + weight_fill) % 2 == 0 ? 0 : 5;
-            TestShape(
-                kernel,
-                {rows, channels, static_cast<Fill>(code_fill), static_cast<Fill>(weight_fill), gap},
-                random, report);
+            TestShape(kernel,
+                      {rows, channels, panels, static_cast<Fill>(code_fill),
+                       static_cast<Fill>(weight_fill), gap},
+                      random, report);
           }
         }
       }
     }
     // The longest sum of the contract, all at the extremes.
-    TestShape(kernel, {1, kMaxChannelsIn, kLowest, kLowest, 0}, random, report);
+    TestShape(kernel, {1, kMaxChannelsIn, 1, kLowest, kLowest, 0}, random, report);
   }
 }
 

@@ -56,6 +56,10 @@ void TestRow(const RowKernels& kernels, int64_t width, bool finite, std::mt19937
     bool same = codes.Intact() && values.Intact();
     for (int64_t i = 0; i < width; ++i) same = same && codes[i] == PlainCode(values[i], encoding);
     report.Check(same, "%s: codes of %d", kernels.name, size);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < width; ++i) sum += codes[i];
+    report.Check(kernels.sum_codes(codes.data(), width) == sum, "%s: sum of %d codes", kernels.name,
+                 size);
     const float scale = 1.0f / encoding.inverse;
     std::vector<float> plain(static_cast<size_t>(width));
     for (int64_t i = 0; i < width; ++i) {
@@ -113,23 +117,26 @@ void TestKronecker(const RowKernels& kernels, int64_t a, int64_t b, bool whole,
 }
 
 void TestTerms(const TermKernels& kernels, int64_t rows, std::mt19937& random, Report& report) {
-  const int64_t count = rows * kPanel, stride = kPanel + 3;
+  constexpr int64_t kPanels = 3;
+  const int64_t count = kPanels * rows * kPanel, stride = kPanel + 3;
   GuardedArray<int32_t> sums(count);
-  GuardedArray<float> row_scale(rows), channel_scale(kPanel), terms(count), bias(kPanel);
+  GuardedArray<float> row_scale(rows), channel_scale(kPanels * kPanel), terms(count), bias(kPanel);
   GuardedArray<float> y((rows - 1) * stride + kPanel);
   for (int64_t i = 0; i < count; ++i) sums[i] = Draw(random, -2000000000, 2000000000);
   for (int64_t m = 0; m < rows; ++m) row_scale[m] = DrawValue(random, true);
-  for (int64_t n = 0; n < kPanel; ++n) channel_scale[n] = DrawValue(random, true) / 3.0f;
+  for (int64_t n = 0; n < kPanels * kPanel; ++n) channel_scale[n] = DrawValue(random, true) / 3.0f;
   for (int64_t n = 0; n < kPanel; ++n) bias[n] = DrawValue(random, true) * 1e6f;
-  const PanelSums panel{sums.data(), row_scale.data(), channel_scale.data(), rows};
+  const PanelSums panel{sums.data(), row_scale.data(), channel_scale.data(), rows, kPanels};
+  const auto row_of = [&](int64_t i) { return i / kPanel % rows; };
+  const auto channel_of = [&](int64_t i) { return i / (rows * kPanel) * kPanel + i % kPanel; };
   std::vector<float> expected(static_cast<size_t>(count));
   const auto same = [&] {
     return SameBits(terms.data(), expected.data(), count) && terms.Intact() && sums.Intact();
   };
   kernels.set(panel, terms.data());
   for (int64_t i = 0; i < count; ++i) {
-    const volatile float scaled = static_cast<float>(sums[i]) * row_scale[i / kPanel];
-    expected[static_cast<size_t>(i)] = scaled * channel_scale[i % kPanel];
+    const volatile float scaled = static_cast<float>(sums[i]) * row_scale[row_of(i)];
+    expected[static_cast<size_t>(i)] = scaled * channel_scale[channel_of(i)];
   }
   report.Check(same(), "%s: set %d rows", kernels.name, static_cast<int>(rows));
   kernels.add(panel, terms.data());
@@ -137,7 +144,7 @@ void TestTerms(const TermKernels& kernels, int64_t rows, std::mt19937& random, R
   report.Check(same(), "%s: add %d rows", kernels.name, static_cast<int>(rows));
   kernels.add_block(panel, terms.data());
   for (int64_t i = 0; i < count; ++i) {
-    const volatile float term = static_cast<float>(sums[i]) * channel_scale[i % kPanel];
+    const volatile float term = static_cast<float>(sums[i]) * channel_scale[channel_of(i)];
     expected[static_cast<size_t>(i)] += term;
   }
   report.Check(same(), "%s: add a block of %d rows", kernels.name, static_cast<int>(rows));
@@ -145,7 +152,7 @@ void TestTerms(const TermKernels& kernels, int64_t rows, std::mt19937& random, R
        {static_cast<const float*>(nullptr), static_cast<const float*>(&bias[0])}) {
     kernels.store(terms.data(), rows, added, y.data(), stride);
     bool good = y.Intact();
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < rows * kPanel; ++i) {
       const float want = added != nullptr ? terms[i] + added[i % kPanel] : terms[i];
       good = good && SameBits(&y[i / kPanel * stride + i % kPanel], &want, 1);
     }

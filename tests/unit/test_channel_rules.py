@@ -45,6 +45,14 @@ def test_rules_by_magnitude_take_the_largest_channels_and_give_vision_the_larger
     assert set(found.text.tolist()) == set(ranked[16:32])
 
 
+def test_rule_by_the_largest_of_each_modality_takes_vision_first_and_then_text_among_the_rest() -> None:
+    stats, found = stats_of(), plan("modality-max")
+    by_vision = sorted(range(CHANNELS), key=lambda c: -float(stats.vision_absmax[c]))
+    assert set(found.vision.tolist()) == set(by_vision[:16])
+    rest = sorted(by_vision[16:], key=lambda c: -float(stats.text_absmax[c]))
+    assert set(found.text.tolist()) == set(rest[:16])
+
+
 def test_random_rule_repeats_with_its_seed_and_differs_between_sites_and_seeds() -> None:
     first = plan("random").order
     assert torch.equal(first, plan("random").order)
@@ -60,7 +68,7 @@ def test_rules_choose_differently() -> None:
 def test_only_mocd_needs_text_tokens() -> None:
     with pytest.raises(SplitQError, match="site: expected text tokens in the calibration data, got none"):
         plan_split(stats_of(text=False), SplitConfig(ratio=0.05))
-    for rule in ("random", "vision-max", "all-max"):
+    for rule in ("random", "vision-max", "all-max", "modality-max"):
         plan_split(stats_of(text=False), SplitConfig(ratio=0.05, rule=rule))
 
 

@@ -43,7 +43,7 @@ ALLOWED = [
     ("clip.", "weight", ["none", "search"], ["", "learned", None]),
     ("clip.", "activation", ["none", "search"], ["", "learned", None]),
     ("clip.", "activation_max", [0.1, 0.9, 1], [0, -0.1, 1.1, float("nan")]),
-    ("split.", "rule", ["mocd", "random", "text-max", "vision-max", "all-max"], ["", "max", None]),
+    ("split.", "rule", ["mocd", "random", "text-max", "vision-max", "all-max", "modality-max"], ["", "max", None]),
     ("split.", "ratio", [0, 0.02, 0.25], [-0.01, 0.2501, 1, float("nan")]),
     ("split.", "clusters", [1, 3, 16], [0, 17, -3]),
     ("split.", "bits", [4, 8], [2, 3, 5, 16]),

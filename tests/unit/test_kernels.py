@@ -20,7 +20,8 @@ TESTS = Path(__file__).parents[1]
 X86_ISAS = ("scalar", "avx2", "avx512vnni")
 ARM_ISAS = ("scalar", "neon", "dotprod", "i8mm")
 ISAS, FOREIGN_ISAS = (ARM_ISAS, X86_ISAS) if platform.machine() in ("aarch64", "arm64") else (X86_ISAS, ARM_ISAS)
-ONLY_GEMM = {"avx512vnni", "dotprod", "i8mm"}  # their row and term kernels are those of the one before
+# By the first letters of a kernel's name: those that use the one before's.
+WITHOUT_OWN = {"qd8_qc": set(), "rows_": {"dotprod", "i8mm"}, "terms_": {"avx512vnni", "dotprod", "i8mm"}}
 ARM_TOOLS = ("cmake", "aarch64-linux-gnu-g++", "aarch64-linux-gnu-nm", "qemu-aarch64")
 EXPECT_NATIVE = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1"
 WITH_NATIVE = EXPECT_NATIVE or library_path() is not None
@@ -55,9 +56,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_kernels_that_ran(printed: str, offered: tuple[str, ...]) -> None:
-    for family in ("qd8_qc", "rows_", "terms_"):
+    for family, without_own in WITHOUT_OWN.items():
         kernels = {line.rpartition("_")[2] for line in printed.splitlines() if line.startswith(family)}
-        assert kernels == set(offered) - (set() if family == "qd8_qc" else ONLY_GEMM), family
+        assert kernels == set(offered) - without_own, family
     for bits, each in itertools.product((2, 3, 4, 8), offered):
         assert re.search(rf"^qd8_qc{bits}w_\w+_{each}$", printed, re.MULTILINE), (bits, each)
 

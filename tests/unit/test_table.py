@@ -302,6 +302,9 @@ def test_ablation_measures_every_component_and_every_rule_once(fakes: Fakes, tmp
     assert result.exit_code == 0, result.output
     found = [row["method"] for row in rows(tmp_path)]
     components = [f"components: {name}, 0 epochs" for name in ("flatquant", "+MOCD", "+CWS", "+MAC")]
-    rules = [f"rules: {name}, 0 epochs" for name in ("none", "all-max", "vision-max", "text-max", "random", "mocd")]
+    rules = [
+        f"rules: {name}, 0 epochs"
+        for name in ("none", "modality-max", "all-max", "vision-max", "text-max", "random", "mocd")
+    ]
     assert found == ["fp32", *components, *rules]
     assert {row["scheme"] for row in rows(tmp_path)[1:]} == {"W3A2"}

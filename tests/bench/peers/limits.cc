@@ -1,0 +1,119 @@
+// What the processor can do at best: the rate of its widest integer dot product, without memory.
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define SPLITQ_REGISTER(value) "+v"(value)
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define SPLITQ_REGISTER(value) "+w"(value)
+#endif
+
+namespace {
+
+// One register of the dot product: 4 int8 products to a 32-bit lane.
+#if defined(__AVX512VNNI__)
+using Register = __m512i;
+Register Start(int i) { return _mm512_set1_epi32(i); }
+inline Register Dot(Register sum, Register a, Register b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#elif defined(__AVXVNNI__)
+using Register = __m256i;
+Register Start(int i) { return _mm256_set1_epi32(i); }
+inline Register Dot(Register sum, Register a, Register b) {
+  return _mm256_dpbusd_avx_epi32(sum, a, b);
+}
+#elif defined(__AVX2__)
+using Register = __m256i;
+Register Start(int i) { return _mm256_set1_epi32(i); }
+inline Register Dot(Register sum, Register a, Register b) {
+  const __m256i pairs = _mm256_maddubs_epi16(a, b);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+using Register = int32x4_t;
+Register Start(int i) { return vdupq_n_s32(i); }
+inline Register Dot(Register sum, Register a, Register b) {
+  return vmmlaq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+using Register = int32x4_t;
+Register Start(int i) { return vdupq_n_s32(i); }
+inline Register Dot(Register sum, Register a, Register b) {
+  return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+}
+#else
+#define SPLITQ_NO_DOT
+#endif
+
+#if !defined(SPLITQ_NO_DOT)
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int kProducts = 32;  // of an instruction
+#else
+constexpr int kProducts = static_cast<int>(sizeof(Register));
+#endif
+
+constexpr int kChains = 8;  // sums: more than the latency times the instructions a cycle
+constexpr int64_t kLoops = int64_t{1} << 22;
+
+int64_t Spin(int seed) {
+  // Not an array: compilers would keep it in memory.
+  Register s0 = Start(seed), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+  const Register a = Start(0x01020304 + seed), b = Start(0x01010101 + seed);
+  for (int64_t loop = 0; loop < kLoops; ++loop) {
+    // The compiler is not to see that all sums are equal.
+    asm volatile(""
+                 : SPLITQ_REGISTER(s0), SPLITQ_REGISTER(s1), SPLITQ_REGISTER(s2),
+                   SPLITQ_REGISTER(s3));
+    asm volatile(""
+                 : SPLITQ_REGISTER(s4), SPLITQ_REGISTER(s5), SPLITQ_REGISTER(s6),
+                   SPLITQ_REGISTER(s7));
+    s0 = Dot(s0, a, b);
+    s1 = Dot(s1, a, b);
+    s2 = Dot(s2, a, b);
+    s3 = Dot(s3, a, b);
+    s4 = Dot(s4, a, b);
+    s5 = Dot(s5, a, b);
+    s6 = Dot(s6, a, b);
+    s7 = Dot(s7, a, b);
+  }
+  const Register total = s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7;  // the compiler's vector type adds
+  int64_t first;
+  __builtin_memcpy(&first, &total, sizeof(first));
+  return first;
+}
+#endif
+
+}  // namespace
+
+extern "C" {
+
+// 10^9 additions and multiplications a second of int8 products on so many threads; 0 if this
+// program knows no dot product of the processor.
+double peak_gops(int threads) {
+#if defined(SPLITQ_NO_DOT)
+  static_cast<void>(threads);
+  return 0.0;
+#else
+  double best = 0.0;
+  for (int attempt = 0; attempt < 5; ++attempt) {
+    std::atomic<int64_t> kept{0};  // keeps the sums alive
+    std::vector<std::thread> others;
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 1; i < threads; ++i) others.emplace_back([&kept, i] { kept += Spin(i); });
+    kept += Spin(0);
+    for (std::thread& other : others) other.join();
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    const double products = static_cast<double>(kLoops) * kChains * kProducts * threads;
+    const double rate = 2.0 * products / taken.count() / 1e9;
+    if (rate > best) best = rate;
+  }
+  return best;
+#endif
+}
+
+}  // extern "C"
