@@ -37,8 +37,12 @@ struct Layout {
   static constexpr int kMaxCode = (1 << bits) - 1;
 };
 
-constexpr int kPanels = 3;       // of a tile
-constexpr int64_t kShort = 512;  // channels: with fewer, waiting for sums costs more than reading
+constexpr int kPanels = 3;  // of a tile
+
+// Channels of a product, of a block: up to these, waiting for the sums of a single row costs more
+// than reading three panels at once.
+constexpr int64_t kShort = 512;
+constexpr int64_t kShortBlock = 64;
 
 // Parts of a sum that do not wait for each other.
 constexpr int Chains(int rows, int panels) {
@@ -88,6 +92,29 @@ SPLITQ_INLINE __m512i BroadcastCodes(const int8_t* codes) {
   int32_t four;
   __builtin_memcpy(&four, codes, sizeof(four));
   return _mm512_set1_epi32(four);
+}
+
+// Begins every sum with the zero point times the sum of its row's codes, subtracted.
+template <int bits, int rows, int panels>
+SPLITQ_INLINE void BeginSums(const int32_t* code_sums, int64_t stride, Sums<rows, panels>& sums) {
+  for (int m = 0; m < rows; ++m) {
+    const __m512i begin = _mm512_set1_epi32(-(1 << (bits - 1)) * code_sums[m * stride]);
+    for (int p = 0; p < panels; ++p) {
+      sums.of[m][p][0] = begin;
+      for (int chain = 1; chain < Chains(rows, panels); ++chain) {
+        sums.of[m][p][chain] = _mm512_setzero_si512();
+      }
+    }
+  }
+}
+
+template <int rows, int panels>
+SPLITQ_INLINE __m512i Total(const Sums<rows, panels>& sums, int m, int p) {
+  __m512i total = sums.of[m][p][0];
+  for (int chain = 1; chain < Chains(rows, panels); ++chain) {
+    total = _mm512_add_epi32(total, sums.of[m][p][chain]);
+  }
+  return total;
 }
 
 // Where a tile stands: the next block's first k of its first row, and that block of its first
@@ -153,17 +180,10 @@ SPLITQ_INLINE void AddPart(const PanelProduct& product, const Place& place, int6
 template <int bits, int rows, int panels>
 SPLITQ_INLINE void RunTile(const PanelProduct& product, int64_t m, int64_t p) {
   constexpr int64_t kStep = Layout<bits>::kStep, kBytes = Layout<bits>::kBytes;
-  constexpr int kChains = Chains(rows, panels);
   Place place{product.codes + m * product.codes_stride, product.codes_stride,
               product.panel + p * product.panel_stride, product.panel_stride};
   Sums<rows, panels> sums;
-  for (int i = 0; i < rows; ++i) {
-    const int32_t code_sum = product.code_sums[(m + i) * product.code_sums_stride];
-    for (int j = 0; j < panels; ++j) {
-      sums.of[i][j][0] = _mm512_set1_epi32(-(1 << (bits - 1)) * code_sum);
-      for (int chain = 1; chain < kChains; ++chain) sums.of[i][j][chain] = _mm512_setzero_si512();
-    }
-  }
+  BeginSums<bits>(product.code_sums + m * product.code_sums_stride, product.code_sums_stride, sums);
   int64_t block = product.k_begin / kStep;
   int64_t end = (product.k_end + kStep - 1) / kStep;
   if constexpr (kStep > kEdge) {
@@ -175,11 +195,8 @@ SPLITQ_INLINE void RunTile(const PanelProduct& product, int64_t m, int64_t p) {
   AddBlocks<bits>(place, end - block, sums);
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < panels; ++j) {
-      __m512i total = sums.of[i][j][0];
-      for (int chain = 1; chain < kChains; ++chain) {
-        total = _mm512_add_epi32(total, sums.of[i][j][chain]);
-      }
-      _mm512_storeu_si512(product.sums + ((p + j) * product.rows + m + i) * kPanel, total);
+      _mm512_storeu_si512(product.sums + ((p + j) * product.rows + m + i) * kPanel,
+                          Total(sums, i, j));
     }
   }
 }
@@ -212,11 +229,80 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
   for (; p < product.panels; ++p) RunRows<bits, 1>(product, p);
 }
 
+// Scales of the 16 channels from `channel` on; those at and after `outputs` are zero.
+SPLITQ_INLINE __m512 LoadScales(const float* scale, int64_t channel, int64_t outputs) {
+  const int64_t exist = outputs - channel;
+  const auto mask = static_cast<__mmask16>(exist >= kPanel ? 0xFFFF : (1 << exist) - 1);
+  return _mm512_maskz_loadu_ps(mask, scale + channel);
+}
+
+// As RunTile. The last block may be short: its codes end in zeros, as its weights' block does.
+template <int bits, int rows, int panels>
+SPLITQ_INLINE void RunBlockTile(const BlockProduct& product, int64_t m, int64_t p) {
+  constexpr int64_t kStep = Layout<bits>::kStep, kBytes = Layout<bits>::kBytes;
+  const PanelProduct& all = product.panels;
+  Place place{all.codes + m * all.codes_stride, all.codes_stride, all.panel + p * all.panel_stride,
+              all.panel_stride};
+  const int32_t* code_sums = all.code_sums + m * all.code_sums_stride;
+  const float* scale = product.scale;
+  __m512 terms[rows][panels];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < panels; ++j) terms[i][j] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < all.k_end; k += product.block_size) {
+    const int64_t left = all.k_end - k;
+    const int64_t channels = left < product.block_size ? left : product.block_size;
+    const int64_t blocks = (channels + kStep - 1) / kStep;
+    Sums<rows, panels> sums;
+    BeginSums<bits>(code_sums, all.code_sums_stride, sums);
+    AddBlocks<bits>(place, blocks, sums);
+    place.codes += blocks * kStep;
+    place.block += blocks * kBytes;
+    for (int j = 0; j < panels; ++j) {
+      const __m512 scales = LoadScales(scale, (p + j) * kPanel, product.outputs);
+      for (int i = 0; i < rows; ++i) {
+        const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(Total(sums, i, j)), scales);
+        terms[i][j] = _mm512_add_ps(terms[i][j], term);
+      }
+    }
+    scale += product.scale_stride;
+    ++code_sums;
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < panels; ++j) {
+      _mm512_storeu_ps(product.terms + ((p + j) * all.rows + m + i) * kPanel, terms[i][j]);
+    }
+  }
+}
+
+template <int bits, int panels>
+SPLITQ_INLINE void RunBlockRows(const BlockProduct& product, int64_t p) {
+  int64_t m = 0;
+  for (; m + 4 <= product.panels.rows; m += 4) RunBlockTile<bits, 4, panels>(product, m, p);
+  for (; m < product.panels.rows; ++m) RunBlockTile<bits, 1, panels>(product, m, p);
+}
+
+template <int bits>
+SPLITQ_INLINE void RunBlocks(const BlockProduct& product) {
+  int64_t p = 0;
+  if (product.panels.rows > 1 || product.block_size <= kShortBlock) {
+    for (; p + kPanels <= product.panels.panels; p += kPanels) {
+      RunBlockRows<bits, kPanels>(product, p);
+    }
+  }
+  for (; p < product.panels.panels; ++p) RunBlockRows<bits, 1>(product, p);
+}
+
 }  // namespace
 
 void RunAvx512VnniBits2(const PanelProduct& product) { Run<2>(product); }
 void RunAvx512VnniBits3(const PanelProduct& product) { Run<3>(product); }
 void RunAvx512VnniBits4(const PanelProduct& product) { Run<4>(product); }
 void RunAvx512VnniBits8(const PanelProduct& product) { Run<8>(product); }
+
+void RunBlocksAvx512VnniBits2(const BlockProduct& product) { RunBlocks<2>(product); }
+void RunBlocksAvx512VnniBits3(const BlockProduct& product) { RunBlocks<3>(product); }
+void RunBlocksAvx512VnniBits4(const BlockProduct& product) { RunBlocks<4>(product); }
+void RunBlocksAvx512VnniBits8(const BlockProduct& product) { RunBlocks<8>(product); }
 
 }  // namespace splitq

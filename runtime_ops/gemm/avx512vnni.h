@@ -10,4 +10,9 @@ void RunAvx512VnniBits3(const PanelProduct& product);
 void RunAvx512VnniBits4(const PanelProduct& product);
 void RunAvx512VnniBits8(const PanelProduct& product);
 
+void RunBlocksAvx512VnniBits2(const BlockProduct& product);
+void RunBlocksAvx512VnniBits3(const BlockProduct& product);
+void RunBlocksAvx512VnniBits4(const BlockProduct& product);
+void RunBlocksAvx512VnniBits8(const BlockProduct& product);
+
 }  // namespace splitq

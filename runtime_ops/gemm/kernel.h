@@ -41,12 +41,28 @@ static inline __attribute__((always_inline)) void RunEachPanel(const PanelProduc
   }
 }
 
+// terms[p][m][n] = sum over the blocks of block_size channels, in order, of
+//   (float) (sum over the block of codes[m][k] * q[k][16 * p + n]) * scale[block][16 * p + n],
+// every product and sum rounded. Overwrites terms.
+struct BlockProduct {
+  PanelProduct panels;   // k_begin 0, k_end the channels of the weight; code_sums: [rows, blocks],
+                         // code_sums_stride from row to row; sums are not used
+  int64_t block_size;    // a multiple of 16
+  const float* scale;    // of the first block and the first panel's first channel
+  int64_t scale_stride;  // elements from block to block
+  int64_t outputs;       // channels that the panels have; terms of others become zero
+  float* terms;          // [panels, rows, 16], dense
+};
+
 // One row of the kernel table (gemm/table.h).
 struct GemmKernel {
   const char* name;  // activations_weights_tile_isa, as in qd8_qc4w_1x16c4_scalar
   Isa isa;           // what the processor must have
   int bits;          // of the weight
   void (*run)(const PanelProduct& product);
+  // The blocks of a weight at once, if block_size is a multiple of block_step; null: there is none.
+  void (*run_blocks)(const BlockProduct& product) = nullptr;
+  int64_t block_step = 0;
 };
 
 }  // namespace splitq

@@ -51,9 +51,24 @@ void ChannelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows&
   run({sums, rows.scale, scales.values(), count, panels.count}, terms);
 }
 
-// One scale a block and output channel: (sum over blocks of sum * channel scale) * row scale.
-void BlockTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
-                float* terms) {
+// All blocks by the kernel itself; false if it cannot.
+bool RunBlocks(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
+               float* terms) {
+  const GemmKernel& kernel = *weight.kernel;
+  if (kernel.run_blocks == nullptr || weight.block_size % kernel.block_step != 0) return false;
+  kernel.run_blocks({{rows.codes, rows.stride, count, rows.sums + 1, rows.sums_stride(),
+                      weight.panel(panels.first), weight.panel_bytes(), panels.count, 0,
+                      weight.channels_in, nullptr},
+                     weight.block_size,
+                     weight.scale + panels.first * kPanel,
+                     weight.channels_out,
+                     weight.channels_out - panels.first * kPanel,
+                     terms});
+  return true;
+}
+
+void AddBlocks(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
+               float* terms) {
   SumTile sums;
   std::fill(terms, terms + panels.count * count * kPanel, 0.0f);
   int64_t block = 0;
@@ -62,6 +77,14 @@ void BlockTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& r
     Multiply(weight, panels, rows, count, {k, k_end, 1 + block}, sums);
     const PanelScales scales(weight, weight.scale + block * weight.channels_out, panels);
     weight.terms->add_block({sums, rows.scale, scales.values(), count, panels.count}, terms);
+  }
+}
+
+// One scale a block and output channel: (sum over blocks of sum * channel scale) * row scale.
+void BlockTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
+                float* terms) {
+  if (!RunBlocks(weight, panels, rows, count, terms)) {
+    AddBlocks(weight, panels, rows, count, terms);
   }
   for (int64_t i = 0; i < panels.count * count; ++i) {
     for (int64_t n = 0; n < kPanel; ++n) terms[i * kPanel + n] *= rows.scale[i % count];

@@ -67,8 +67,10 @@ ParallelFor Call::Parallel() {
       const Loop& loop = *static_cast<const Loop*>(opaque);
       loop.task(loop.body, static_cast<int64_t>(index));
     };
-    call.parallel_status_ = call.api_.KernelContext_ParallelFor(
-        call.context_, step, static_cast<size_t>(count), 0, &loop);
+    // As many batches as steps: with the default, one a thread, the first to be done would wait.
+    const auto steps = static_cast<size_t>(count);
+    call.parallel_status_ =
+        call.api_.KernelContext_ParallelFor(call.context_, step, steps, steps, &loop);
   };
   return ParallelFor(runner, this);
 }

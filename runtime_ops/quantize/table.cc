@@ -13,8 +13,8 @@ namespace {
 // Fastest first; the scalar kernels run everywhere and end the list.
 constexpr RowKernels kRowKernels[] = {
 #if defined(SPLITQ_AVX512VNNI)
-    {"rows_avx512vnni", Isa::kAvx512Vnni, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2, SubtractCodesAvx2,
-     ApplyKroneckerAvx512},
+    {"rows_avx512vnni", Isa::kAvx512Vnni, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2,
+     SubtractCodesAvx2, ApplyKroneckerAvx512},
 #endif
 #if defined(SPLITQ_AVX2)
     {"rows_avx2", Isa::kAvx2, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2, SubtractCodesAvx2,

@@ -45,6 +45,62 @@ std::vector<Range> Ranges(int64_t channels) {
   return ranges;
 }
 
+struct Layer {
+  int64_t rows, channels, outputs, block;
+};
+
+// run_blocks against the contract's float operations one by one, to the bit.
+void TestBlocks(const GemmKernel& kernel, const Layer& layer, std::mt19937& random,
+                Report& report) {
+  const int half = 1 << (kernel.bits - 1);
+  const int64_t panels = CeilDiv(layer.outputs, kPanel),
+                blocks = CeilDiv(layer.channels, layer.block);
+  std::vector<int8_t> weight(static_cast<size_t>(layer.channels * layer.outputs));
+  for (int8_t& code : weight) code = static_cast<int8_t>(Draw(random, -half, half - 1));
+  const int64_t panel_bytes = PanelBytes(layer.channels, kernel.bits);
+  GuardedArray<uint8_t> packed(panels * panel_bytes);
+  Pack({reinterpret_cast<const uint8_t*>(weight.data()), false}, layer.channels, layer.outputs,
+       kernel.bits, packed.data());
+  const int64_t stride = CodeRowStride(layer.channels);
+  GuardedArray<int8_t> codes(layer.rows * stride);
+  std::vector<int32_t> sums(static_cast<size_t>(layer.rows * blocks));
+  for (int64_t i = 0; i < layer.rows * stride; ++i) {
+    const int64_t k = i % stride;
+    codes[i] = k < layer.channels ? static_cast<int8_t>(Draw(random, -128, 127)) : int8_t{0};
+    if (k < layer.channels)
+      sums[static_cast<size_t>(i / stride * blocks + k / layer.block)] += codes[i];
+  }
+  GuardedArray<float> scale(blocks * layer.outputs), terms(panels * layer.rows * kPanel);
+  for (int64_t i = 0; i < blocks * layer.outputs; ++i) {
+    scale[i] = static_cast<float>(Draw(random, 1, 100000)) / 7919.0f;
+  }
+  kernel.run_blocks({{codes.data(), stride, layer.rows, sums.data(), blocks, packed.data(),
+                      panel_bytes, panels, 0, layer.channels, nullptr},
+                     layer.block,
+                     scale.data(),
+                     layer.outputs,
+                     layer.outputs,
+                     terms.data()});
+  bool same = terms.Intact() && scale.Intact() && packed.Intact() && codes.Intact();
+  for (int64_t i = 0; i < panels * layer.rows * kPanel; ++i) {
+    const int64_t m = i / kPanel % layer.rows;
+    const int64_t n = i / (kPanel * layer.rows) * kPanel + i % kPanel;
+    volatile float expected = 0.0f;  // rounded after every operation
+    for (int64_t b = 0; b < blocks && n < layer.outputs; ++b) {
+      int32_t sum = 0;
+      for (int64_t k = b * layer.block; k < layer.channels && k < (b + 1) * layer.block; ++k) {
+        sum += codes[m * stride + k] * weight[static_cast<size_t>(k * layer.outputs + n)];
+      }
+      const volatile float term = static_cast<float>(sum) * scale[b * layer.outputs + n];
+      expected = expected + term;
+    }
+    same = same && terms[i] == expected;
+  }
+  report.Check(same, "%s: %d rows, %d channels in blocks of %d, %d outputs", kernel.name,
+               static_cast<int>(layer.rows), static_cast<int>(layer.channels),
+               static_cast<int>(layer.block), static_cast<int>(layer.outputs));
+}
+
 void TestShape(const GemmKernel& kernel, const Shape& shape, std::mt19937& random, Report& report) {
   const int half = 1 << (kernel.bits - 1);
   const int64_t outputs = shape.panels * kPanel;
@@ -115,6 +171,16 @@ void TestGemm(List<GemmKernel> kernels, Isa isa, Report& report) {
                       {rows, channels, panels, static_cast<Fill>(code_fill),
                        static_cast<Fill>(weight_fill), gap},
                       random, report);
+          }
+        }
+      }
+    }
+    for (const int64_t block : {16, 32, 48, 64, 128}) {
+      if (kernel.run_blocks == nullptr || block % kernel.block_step != 0) continue;
+      for (const int64_t channels : {1, 17, 64, 100, 257, 448}) {
+        for (const int64_t outputs : {1, 16, 31, 48, 70}) {
+          for (const int64_t rows : {1, 2, 4, 9}) {
+            TestBlocks(kernel, {rows, channels, outputs, block}, random, report);
           }
         }
       }
