@@ -8,7 +8,7 @@ SOURCES := $(shell find runtime_ops cmake -name '*.cc' -o -name '*.h' -o -name '
 PY := splitq_edge exporters runtime_ops tests models
 TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) test test-fast test-wheel test-arm64 bench-kernels lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) test test-fast test-wheel test-arm64 test-asan bench-kernels lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -43,6 +43,10 @@ bench-kernels: $(STAMP)
 # The ARM64 kernels under qemu: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm64:
 	bash tests/cpp/arm64.sh build/arm64
+
+# The kernel tests under the address, undefined-behaviour and thread sanitizers.
+test-asan:
+	bash tests/cpp/sanitize.sh build/sanitize
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check $(PY)

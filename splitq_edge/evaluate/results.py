@@ -105,11 +105,14 @@ class Results:
         return self._rows.get(key)
 
     def put(self, row: Row) -> None:
-        """Add a row, or replace the one of the same key, and write the file.
+        """Add a row, or replace the one of the same key, and write the file; rows that others added to it stay.
 
         Raises:
-            SplitQError: the place cannot be written.
+            SplitQError: the place cannot be written, or the file now holds another model's rows.
+            ArtifactError: the file is no results file any more.
         """
+        if self.path.exists():
+            self._rows |= {other.key: other for other in _read(self.path, self.model)}
         self._rows[row.key] = row
         rows = [dataclasses.asdict(row) for row in self._rows.values()]
         write_json(self.path, {"schema": RESULTS_SCHEMA, "model": self.model, "rows": rows})

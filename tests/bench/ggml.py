@@ -36,6 +36,7 @@ class NativeLibrary:
             "ggml_peer_run": (c_int, [c_void_p]),
             "ggml_peer_get_y": (None, [c_void_p, FLOATS]),
             "peak_gops": (c_double, [c_int]),
+            "read_gbps": (c_double, [c_int]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self.functions, name)
@@ -44,6 +45,10 @@ class NativeLibrary:
     def peak_gops(self, threads: int) -> float:
         """10^9 operations a second of the widest int8 dot product, 0 if unknown."""
         return float(self.functions.peak_gops(threads))
+
+    def read_gbps(self, threads: int) -> float:
+        """10^9 bytes a second from memory."""
+        return float(self.functions.read_gbps(threads))
 
 
 def floats(array: np.ndarray) -> object:

@@ -18,7 +18,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -301,39 +300,49 @@ class Timed:
         """
 
 
-class OrtTimed(Timed):
-    """A case that ONNX Runtime runs."""
+def load(case: Case, setting: Setting) -> ort.InferenceSession:
+    """A session of the case's model, which takes any number of rows."""
+    k, n, copies = setting.k, setting.n, setting.copies(case)
+    assert case.build is not None
+    built = [case.build(k, n, copy) for copy in range(copies)]
+    graph = helper.make_graph(
+        [node for nodes, _ in built for node in nodes],
+        case.name,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", k])],
+        [helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, ["M", n]) for copy in range(copies)],
+        [tensor for _, tensors in built for tensor in tensors],
+    )
+    opsets = [helper.make_opsetid(*pair) for pair in (("", 21), (MICROSOFT, 1), (DOMAIN, 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = setting.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads that wait spinning after a run would take the next layer's processor.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    runtime_ops.register(options)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def __init__(self, case: Case, setting: Setting) -> None:
+
+# By case and copies, of one shape and number of threads.
+Sessions = dict[tuple[str, int], ort.InferenceSession]
+
+
+class OrtTimed(Timed):
+    """A case that ONNX Runtime runs; `sessions` keeps its session for other numbers of rows."""
+
+    def __init__(self, case: Case, setting: Setting, sessions: Sessions) -> None:
         super().__init__(case, setting)
-        k, n = setting.k, setting.n
-        assert case.build is not None
-        built = [case.build(k, n, copy) for copy in range(self.copies)]
-        outputs = [f"y{copy}" for copy in range(self.copies)]
-        graph = helper.make_graph(
-            [node for nodes, _ in built for node in nodes],
-            case.name,
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", k])],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", n]) for name in outputs],
-            [tensor for _, tensors in built for tensor in tensors],
-        )
-        opsets = [helper.make_opsetid(*pair) for pair in (("", 21), (MICROSOFT, 1), (DOMAIN, 1))]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = setting.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Threads that wait spinning after a run would take the next layer's processor.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        runtime_ops.register(options)
-        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        key = case.name, self.copies
+        if key not in sessions:
+            sessions[key] = load(case, setting)
+        self.session = sessions[key]
         self.binding = self.session.io_binding()
         self.x = setting.x()
         self.binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(self.x))
-        for name in outputs:
-            self.binding.bind_ortvalue_output(
-                name, ort.OrtValue.ortvalue_from_shape_and_type([setting.m, n], np.float32)
-            )
+        for copy in range(self.copies):
+            y = ort.OrtValue.ortvalue_from_shape_and_type([setting.m, setting.n], np.float32)
+            self.binding.bind_ortvalue_output(f"y{copy}", y)
 
     def _run(self) -> None:
         self.session.run_with_iobinding(self.binding)
@@ -365,10 +374,10 @@ class GgmlTimed(Timed):
             raise click.ClickException(f"{self.case.name}: expected its weights' product, got an error of {error:.2g}")
 
 
-def start(case: Case, setting: Setting, library: NativeLibrary | None) -> Timed | None:
+def start(case: Case, setting: Setting, sessions: Sessions, library: NativeLibrary | None) -> Timed | None:
     """The case, ready; None if it does not run here."""
     if not case.ggml:
-        return OrtTimed(case, setting)
+        return OrtTimed(case, setting, sessions)
     if library is None:
         return None
     try:
@@ -391,35 +400,21 @@ def expected(case: Case, x: np.ndarray, n: int) -> np.ndarray:
     return q @ weight * scale
 
 
-def bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads read from memory."""
-    parts = [np.ones(2**25, np.int64) for _ in range(threads)]  # 256 MB each
-    with ThreadPoolExecutor(threads) as pool:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            list(pool.map(np.sum, parts))
-            times.append(time.perf_counter() - start)
-    return sum(part.nbytes for part in parts) / min(times)
-
-
 @dataclass(frozen=True)
 class Limits:
     """What the machine can do at best, measured.
 
     Attributes:
-        bytes_per_second: from memory.
-        gops: 10^9 int8 operations a second, 0 if unknown.
+        gbps: 10^9 bytes a second from memory.
+        gops: 10^9 int8 operations a second; 0 if either is unknown.
     """
 
-    bytes_per_second: float
+    gbps: float
     gops: float
 
     def roofline(self, size: float, operations: float) -> float | None:
         """Seconds that a layer takes at least; None if that is unknown."""
-        if self.gops == 0:
-            return None
-        return max(size / self.bytes_per_second, operations / (self.gops * 1e9))
+        return max(size / self.gbps, operations / self.gops) / 1e9 if self.gops else None
 
 
 def rows_of(timed: list[Timed], limits: Limits) -> Iterator[dict[str, object]]:
@@ -456,13 +451,13 @@ def geometric_means(rows: list[dict[str, object]], large: int) -> Table:
     table = Table(title=f"geometric means over shapes of {large} x {large} and larger", title_justify="left", box=None)
     for name in ("layer", "peer", "M", "threads", "shapes", "peer's time / ours"):
         table.add_column(name, justify="left" if name in ("layer", "peer") else "right")
-    ratios: dict[tuple[object, ...], list[float]] = {}
+    ratios: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if min(int(str(row["K"])), int(str(row["N"]))) >= large:
-            key = row["case"], row["peer"], row["M"], row["threads"]
+            key = tuple(str(row[name]) for name in ("case", "peer", "M", "threads"))
             ratios.setdefault(key, []).append(float(str(row["ratio"])))
     for key, values in ratios.items():
-        table.add_row(*map(str, key), str(len(values)), f"{statistics.geometric_mean(values):.2f}")
+        table.add_row(*key, str(len(values)), f"{statistics.geometric_mean(values):.2f}")
     return table
 
 
@@ -484,16 +479,15 @@ def main(
     found: list[dict[str, object]] = []
     machine: dict[str, object] = {"onnxruntime": ort.__version__, "kernels": native_isa(runtime_ops.library_path())}
     for count in map(int, threads.split(",")):
-        limits = Limits(bandwidth(count), library.peak_gops(count) if library else 0.0)
-        machine[f"limits_{count}"] = {"gbps": round(limits.bytes_per_second / 1e9, 1), "gops": round(limits.gops)}
-        console.print(
-            f"{count} threads: {limits.bytes_per_second / 1e9:.1f} GB/s from memory, {limits.gops:.0f} GOPS of int8"
-        )
+        limits = Limits(library.read_gbps(count), library.peak_gops(count)) if library else Limits(0.0, 0.0)
+        machine[f"limits_{count}"] = {"gbps": round(limits.gbps, 1), "gops": round(limits.gops)}
+        console.print(f"{count} threads: {limits.gbps:.1f} GB/s from memory, {limits.gops:.0f} GOPS of int8")
         for shape in shapes.split(","):
             k, n = map(int, shape.split("x"))
+            sessions: Sessions = {}
             for m in map(int, rows.split(",")):
                 setting = Setting(k, n, m, count, cold_mb * 1e6)
-                timed = [each for case in wanted if (each := start(case, setting, library)) is not None]
+                timed = [each for case in wanted if (each := start(case, setting, sessions, library)) is not None]
                 for each in timed:
                     each.run()
                     each.check()

@@ -1,10 +1,35 @@
 // The AVX-512 kernels once more, on SIMDe's emulation of the intrinsics.
+#include <cstring>
 #include <iterator>
 
 #include "tests.h"
 
 #if defined(SPLITQ_TEST_EMULATED)
 #define SPLITQ_SIMDE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+// What older versions of SIMDe lack.
+#if !defined(_mm512_cvtepi32_ps)
+static __m512 _mm512_cvtepi32_ps(__m512i values) {
+  int32_t whole[16];
+  float result[16];
+  std::memcpy(whole, &values, sizeof(whole));
+  for (int i = 0; i < 16; ++i) result[i] = static_cast<float>(whole[i]);
+  return _mm512_loadu_ps(result);
+}
+#endif
+#if !defined(_mm512_maskz_loadu_ps)
+using __mmask16 = uint16_t;
+static __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* values) {
+  float result[16] = {};
+  for (int i = 0; i < 16; ++i) {
+    if ((mask >> i & 1) != 0) result[i] = static_cast<const float*>(values)[i];
+  }
+  return _mm512_loadu_ps(result);
+}
+#endif
+
 #define RunAvx512VnniBits2 RunEmulatedBits2
 #define RunBlocksAvx512VnniBits2 RunBlocksEmulatedBits2
 #define RunAvx512VnniBits3 RunEmulatedBits3

@@ -16,6 +16,7 @@ int main(int count, char** arguments) {
     test::TestGemm(AllKernels(), choice.isa, report);
     test::TestRows(choice.isa, report);
     test::TestTerms(choice.isa, report);
+    test::TestLayers(choice.isa, report);
   }
   std::printf("isa %s: %lld checks, %lld failures\n", emulated ? "emulated" : IsaName(choice.isa),
               static_cast<long long>(report.checks()), static_cast<long long>(report.failures()));

@@ -11,6 +11,7 @@ namespace splitq::test {
 void TestGemm(List<GemmKernel> kernels, Isa isa, Report& report);
 void TestRows(Isa isa, Report& report);
 void TestTerms(Isa isa, Report& report);
+void TestLayers(Isa isa, Report& report);
 
 // The AVX-512 kernels on emulated intrinsics; empty where SIMDe is not installed.
 List<GemmKernel> EmulatedKernels();

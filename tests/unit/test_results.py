@@ -57,6 +57,15 @@ def test_row_of_the_same_key_is_replaced_in_its_place(tmp_path: Path) -> None:
     assert found.get(row("awq").key) is None
 
 
+def test_two_writers_of_one_file_keep_each_others_rows(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    first, second = Results(path, "tiny"), Results(path, "tiny")
+    first.put(row("rtn"))
+    second.put(row("gptq"))
+    first.put(row("awq"))
+    assert {each.method for each in Results(path, "tiny").rows} == {"rtn", "gptq", "awq"}
+
+
 def test_failed_write_keeps_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
     results = Results(path, "tiny")
