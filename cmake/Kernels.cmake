@@ -69,7 +69,7 @@ function(splitq_add_kernels name)
     quantize/avx2_rows.cc
   )
   set(avx2_fma quantize/avx2_kronecker.cc)
-  set(avx512vnni gemm/avx512vnni.cc quantize/avx512_kronecker.cc)
+  set(avx512vnni gemm/avx512vnni.cc quantize/avx512vnni_kronecker.cc)
   set(neon
     gemm/neon_gemm.cc
     gemm/neon_terms.cc

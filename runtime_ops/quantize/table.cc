@@ -3,7 +3,7 @@
 #include <iterator>
 
 #include "quantize/avx2.h"
-#include "quantize/avx512.h"
+#include "quantize/avx512vnni.h"
 #include "quantize/neon.h"
 #include "quantize/scalar.h"
 
@@ -14,7 +14,7 @@ namespace {
 constexpr RowKernels kRowKernels[] = {
 #if defined(SPLITQ_AVX512VNNI)
     {"rows_avx512vnni", Isa::kAvx512Vnni, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2,
-     SubtractCodesAvx2, ApplyKroneckerAvx512},
+     SubtractCodesAvx2, ApplyKroneckerAvx512Vnni},
 #endif
 #if defined(SPLITQ_AVX2)
     {"rows_avx2", Isa::kAvx2, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2, SubtractCodesAvx2,

@@ -112,7 +112,16 @@ def test_files_of_an_instruction_set_share_no_function_with_others(build: Path) 
         pytest.skip("nm of GNU binutils is not installed")
     names = check_symbols(build, ISAS[1:], "nm")
     if platform.machine() == "x86_64":
-        assert len(names) == 6
+        assert len(names) == 7
+
+
+@pytest.mark.slow
+def test_processor_without_avx_runs_the_scalar_kernels(build: Path) -> None:
+    """The emulator stops a program at an instruction that the processor lacks."""
+    if platform.machine() != "x86_64" or shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64 (qemu-user) is not installed")
+    printed = checked("qemu-x86_64", "-cpu", "Nehalem", build / "kernel_test", timeout=1800)
+    assert re.search(r"^isa scalar: \d{5,} checks, 0 failures$", printed, re.MULTILINE), printed
 
 
 @pytest.mark.slow

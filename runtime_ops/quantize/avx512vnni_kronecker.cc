@@ -3,7 +3,7 @@
 // Exactness: the bits of the AVX2 form.
 // Idea: quantize/kronecker.h.
 #include "quantize/avx2_vectors.h"
-#include "quantize/avx512.h"
+#include "quantize/avx512vnni.h"
 
 namespace splitq {
 namespace {
@@ -22,8 +22,8 @@ struct Sixteen {
 
 }  // namespace
 
-void ApplyKroneckerAvx512(const KroneckerFactors& factors, const float* g, float* work,
-                          float* out) {
+void ApplyKroneckerAvx512Vnni(const KroneckerFactors& factors, const float* g, float* work,
+                              float* out) {
   ApplyKronecker<Sixteen, Eight, Four, One>(factors, g, work, out);
 }
 
