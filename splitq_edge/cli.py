@@ -47,10 +47,20 @@ class _Bytes(click.ParamType):
         if match is None:
             self.fail(f"expected a size such as 8GB, got {value!r}", param, ctx)
         number, prefix, binary = match.groups()
-        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+        size = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+        if not 1 <= size < 2**63:
+            self.fail(f"expected a size from 1 byte to 8 EiB, got {value!r}", param, ctx)
+        return int(size)
 
 
 BYTES = _Bytes()
+SEED = click.IntRange(0, 2**31 - 1)
+# What an interrupted command leaves; others only read.
+KEPT = {
+    "export": "finished blocks of the calibration are kept, --resume goes on",
+    "table": "measured rows are kept, the same command goes on",
+    "ablate": "measured rows are kept, the same command goes on",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +75,7 @@ def main(context: click.Context, debug: bool) -> None:
         # transformers prints advice about torch on import; a device that only runs models needs none.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        for name in ("torch", "onnxscript", "httpx"):
+        for name in ("torch", "onnxscript", "httpx", "huggingface_hub"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -77,9 +87,9 @@ def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            click.echo("\ninterrupted; finished blocks of a calibration are kept, --resume goes on", err=True)
+            click.echo(f"\ninterrupted; {KEPT.get(command.__name__, 'nothing was changed')}", err=True)
             sys.exit(INTERRUPTED)
-        except (SplitQError, ImportError) as error:
+        except (SplitQError, ImportError, OSError) as error:
             if click.get_current_context().find_root().obj:
                 raise
             click.echo(f"error: {_message(error)}", err=True)
@@ -89,6 +99,9 @@ def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{place}; check the place and its free space"
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]
         if package == "splitq_edge":
@@ -132,7 +145,7 @@ def _message(error: Exception) -> str:
     show_default=True,
     help="portable: int4 tensors; packed: the kernels' own layout, smaller, used in place.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the choice of samples.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the choice of samples.")
 @click.option("--revision", help="Hub revision of MODEL.")
 @click.option("--force", is_flag=True, help="Replace OUT if it holds an earlier export.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same options.")
@@ -191,7 +204,7 @@ def run(
 @click.option("--task", default="easyvqa", show_default=True, help="Built-in task.")
 @click.option("--backend", type=click.Choice(["torch", "ort", "ort-functions"]), default="ort", show_default=True)
 @click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the draw.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the draw.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: ONNX Runtime chooses.")
 @click.option("--json", "json", type=PATH, help="Write the result to this file.")
 @click.option("--save-reference", type=PATH, help="Write what MODEL holds likely (.npz), for --reference.")
@@ -226,7 +239,7 @@ def _table_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--redo", is_flag=True, help="Measure the rows of the file again."),
         click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all."),
         click.option("--calib-samples", default=128, show_default=True, help="Samples to calibrate with."),
-        click.option("--seed", default=0, show_default=True, help="Seed of samples and draw."),
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of samples and draw."),
         click.option(
             "--work", type=PATH, default=Path("build/table"), show_default=True, help="Folder for the exports."
         ),

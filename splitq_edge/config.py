@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -300,4 +301,10 @@ def load_recipe(path: Path) -> QuantConfig:
         raise SplitQError(f"recipe {path}: expected a readable YAML file ({reason}); check the path") from error
     if not isinstance(values, dict):
         raise SplitQError(f"recipe {path}: expected a mapping of settings, got {type(values).__name__}")
-    return QuantConfig.from_dict(values)
+    config = QuantConfig.from_dict(values)
+    bits = f"W{config.bits}A{config.activation_bits}"
+    if re.fullmatch(r"W\d+A\d+", config.scheme) and config.scheme != bits:
+        raise SplitQError(
+            f"recipe {path}: scheme: expected {bits}, which bits and activation_bits say, got {config.scheme}; mend one"
+        )
+    return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from splitq_edge.errors import SplitQError
 from splitq_edge.modality import ModalityContext, modality_of
 
 CPU = torch.device("cpu")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -236,7 +238,8 @@ def _model_type(source: str, revision: str | None) -> str:
             return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise SplitQError(f"{config}: expected JSON with model_type ({_one_line(error)})") from error
-    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    local = source.startswith((".", "/", "~")) or (folder.parent.is_dir() and folder.parent != Path())
+    if folder.exists() or local or not HUB_ID.fullmatch(source):
         raise SplitQError(
             f"model {source}: expected a folder or a hub id such as org/name, got neither; check the path"
         )

@@ -83,7 +83,7 @@ def _read_folder(folder: Path) -> list[CalibrationSample]:
         text = files[0].read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SplitQError(f"calibration data {files[0]}: expected a readable UTF-8 file ({error}); mend it") from error
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a text may hold U+2028
         if line.strip():
             samples.append(_parse_line(folder, f"{files[0].name}:{number}", line))
     if not samples:
@@ -95,6 +95,8 @@ def _parse_line(folder: Path, origin: str, line: str) -> CalibrationSample:
     try:
         messages = json.loads(line)["messages"]
         parsed = tuple(_parse_message(folder, message) for message in messages)
+        if not parsed:
+            raise ValueError("no message")
     except (ValueError, KeyError, TypeError) as error:
         raise SplitQError(
             f'calibration data {origin}: expected {{"messages": [{{"role", "content"}}]}} ({error!r}); mend the line'
@@ -116,6 +118,10 @@ def _parse_message(folder: Path, message: Message) -> Message:
     for part in content:
         if part["type"] == "image":
             parts.append({"type": "image", "path": str(folder / (part.get("path") or part["image"]))})
+        elif part["type"] != "text":
+            raise ValueError(f"type {part['type']!r}, neither image nor text")
+        elif not isinstance(part["text"], str):
+            raise ValueError(f"text {part['text']!r}")
         else:
             parts.append({"type": "text", "text": part["text"]})
     return {"role": message["role"], "content": parts}

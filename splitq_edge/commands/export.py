@@ -176,15 +176,38 @@ def _header(
     options: ExportOptions, config: QuantConfig, samples: list[CalibrationSample], loaded: LoadedModel
 ) -> dict[str, Any]:
     """What the integers depend on."""
-    chats = hashlib.sha256(repr([sample.messages for sample in samples]).encode()).hexdigest()
+    model_config = {name: value for name, value in loaded.model.config.to_dict().items() if name != "_name_or_path"}
     return {
-        "model": Path(options.model).name,
-        "model_config": hashlib.sha256(repr(loaded.model.config.to_dict()).encode()).hexdigest(),
+        "model": Path(options.model).resolve().name,
+        "revision": options.revision,
+        "model_config": hashlib.sha256(repr(model_config).encode()).hexdigest(),
+        "weights": _weights_digest(Path(options.model)),
         "recipe": config.to_dict(),
         "seed": options.seed,
         "samples": len(samples),
-        "samples_sha256": chats,
+        "samples_sha256": _samples_digest(samples),
     }
+
+
+def _weights_digest(folder: Path) -> str:
+    """Of a local checkpoint's weight files: names, sizes and times of change, because gigabytes take long to read."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _samples_digest(samples: list[CalibrationSample]) -> str:
+    """Of the chats and the bytes of their images."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for message in sample.messages:
+            digest.update(repr(message["role"]).encode())
+            for part in message["content"]:
+                image = part["type"] == "image"
+                digest.update(Path(part["path"]).read_bytes() if image else repr(part["text"]).encode())
+    return digest.hexdigest()
 
 
 def _write(

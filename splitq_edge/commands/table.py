@@ -16,7 +16,7 @@ from splitq_edge.commands.evaluate import EvalOptions, pick, run_eval
 from splitq_edge.commands.export import ExportOptions, run_export
 from splitq_edge.config import QuantConfig, preset
 from splitq_edge.errors import SplitQError
-from splitq_edge.evaluate.results import Results, Row, render, render_markdown
+from splitq_edge.evaluate.results import Key, Results, Row, render, render_markdown
 from splitq_edge.evaluate.tasks import load_task
 from splitq_edge.methods.ablation import ablation_recipes
 from splitq_edge.methods.registry import method_config
@@ -114,11 +114,12 @@ def ablation_rows(table: str, scheme: str, *, epochs: int | None, transform: str
 def run_table(options: TableOptions, rows: list[Measurement], console: Console) -> int:
     """Measure the rows that the results file lacks and print them all; returns how many could not be measured.
 
-    A row of the file is measured again with `redo`, or if it was taken with another number of questions; the float
-    model's also if other rows wait and its answers, which they are compared with, are not in the work folder.
+    A row of the file is measured again with `redo`; the float model's also if other rows wait and its answers, which
+    they are compared with, are not in the work folder.
 
     Raises:
-        SplitQError: nothing can be measured: no native library, an unusable results file, task or limit.
+        SplitQError: nothing can be measured: no native library, an unusable results file, task, limit, or a row of the
+            file was measured with other questions, samples or another seed.
     """
     require_native()
     results = Results(options.results, Path(options.model).resolve().name)
@@ -126,7 +127,9 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
     _make_folder(options.work)
     reference = options.work / f"{results.model}-{options.task}.reference.npz"
     failed = 0
-    kept = set() if options.redo else {row.key for row in results.rows if row.n == wanted}
+    if not options.redo:
+        _check_rows(options, results, {_key(row, options.task) for row in rows}, wanted)
+    kept = set() if options.redo else {row.key for row in results.rows}
     waiting = [row for row in rows if _key(row, options.task) not in kept]
     again = [] if not waiting or reference.exists() else [row for row in rows if row.is_float and row not in waiting]
     for wanted_row in rows:
@@ -135,9 +138,6 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
         if wanted_row not in waiting and wanted_row not in again:
             console.print(f"{label}: kept", highlight=False)
             continue
-        row = results.get(_key(wanted_row, options.task))
-        if row is not None and row.n != wanted:
-            console.print(f"{label}: measured with {row.n} questions, now with {wanted}", highlight=False)
         start = time.monotonic()
         try:
             row = _measure(options, wanted_row, reference)
@@ -158,6 +158,21 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
     else:
         console.print(render(results))
     return failed
+
+
+def _check_rows(options: TableOptions, results: Results, keys: set[Key], questions: int) -> None:
+    """Refuse to mix rows of this run with rows measured otherwise, or to replace those."""
+    for row in (row for row in results.rows if row.key in keys):
+        settings: list[tuple[str, int, int]] = [("questions", row.n, questions)]
+        if (row.method, row.scheme) != FLOAT:
+            settings.append(("calibration samples", row.calib_samples, options.calib_samples))
+            settings.append(("seed", row.seed, options.seed))
+        for name, stored, asked in settings:
+            if stored != asked:
+                raise SplitQError(
+                    f"results {options.results}: expected rows with {name} {asked}, got {row.method} {row.scheme} with "
+                    f"{stored}; choose another file, or --redo to replace the rows"
+                )
 
 
 def _key(row: Measurement, task: str) -> tuple[str, str, str, str]:

@@ -71,6 +71,13 @@ class Run:
             preexec_fn=_hear_ctrl_c,  # noqa: PLW1509 - it touches nothing that a thread might hold
         )
 
+    def refused(self, *options: str) -> str:
+        """The one line of a run that ends with an error of the user's."""
+        with self.start(*options) as process:
+            stdout, stderr = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 2, stdout + stderr
+        return stderr
+
     def finish(self, *options: str) -> None:
         with self.start(*options) as process:
             try:
@@ -201,5 +208,15 @@ def test_ctrl_c_says_one_line_and_the_run_can_be_resumed(
     assert run.blocks() == 1
     assert run.scratch() == []
     assert not run.out.exists()
+    image = next(run.chats.glob("*.png"))
+    pixels = image.read_bytes()
+    image.write_bytes(pixels + b" ")
+    assert "samples_sha256 changed" in run.refused("--resume")
+    image.write_bytes(pixels)
+    weights = run.model / "model.safetensors"
+    times = weights.stat()
+    os.utime(weights)
+    assert "weights changed" in run.refused("--resume")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     run.finish("--resume")
     assert_same(run.files(), uninterrupted("float"))

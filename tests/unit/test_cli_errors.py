@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -98,6 +100,39 @@ def test_missing_model_folder(tmp_path: Path, chats: Path, out: Path, error_of: 
     nothing_written()
 
 
+def test_mistyped_relative_folder_is_not_looked_for_on_the_hub(
+    tmp_path: Path, chats: Path, out: Path, error_of: Check, nothing_written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    line = error_of("export", "models/absent", out, "--calib", chats, "--calib-samples", 2)
+    assert "model models/absent: expected a folder or a hub id such as org/name, got neither" in line
+    nothing_written()
+
+
+def test_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, error_of: Check) -> None:
+    def report() -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "folder/file")
+
+    monkeypatch.setattr("splitq_edge.commands.doctor.report", report)
+    line = error_of("doctor")
+    assert "No space left on device (folder/file); check the place and its free space" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seed", "-1"), ("--seed", "20261126071000"), ("--memory-limit", "0"), ("--memory-limit", "9" * 400)],
+)
+def test_numbers_out_of_range_are_usage_errors(
+    model: Path, out: Path, nothing_written, option: str, value: str
+) -> None:
+    result = CliRunner().invoke(main, ["export", str(model), str(out), option, value])
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert "Traceback" not in result.output
+    nothing_written()
+
+
 def test_model_folder_without_config(tmp_path: Path, chats: Path, out: Path, error_of: Check, nothing_written) -> None:
     (tmp_path / "empty").mkdir()
     line = error_of("export", tmp_path / "empty", out, "--calib", chats, "--calib-samples", 2)
@@ -173,6 +208,7 @@ def test_unknown_scheme_is_a_usage_error_that_lists_the_known(model: Path, out: 
         ("scheme: mine\nbits: 4\n", "missing key 'activation_bits'"),
         ("scheme: mine\nbits: 4\nactivation_bits: 8\nbitz: 3\n", "unknown key 'bitz'; known keys: scheme, bits"),
         ("scheme: mine\nbits: 5\nactivation_bits: 8\n", "bits: expected one of (2, 3, 4, 8), got 5"),
+        ("scheme: W3A3\nbits: 4\nactivation_bits: 8\n", "scheme: expected W4A8, which bits and activation_bits say"),
         ("- 4\n", "expected a mapping"),
         ("a: [\n", "expected a readable YAML file"),
     ],
@@ -251,6 +287,9 @@ def test_calibration_file_without_a_chat(
         '{"messages": [{"role": "user", "content": ["hello"]}]}',
         '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
         '{"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "imgae", "text": "hello"}]}]}',
     ],
 )
 def test_line_that_is_no_chat_is_named_by_its_number(

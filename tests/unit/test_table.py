@@ -182,16 +182,28 @@ def test_redo_measures_them_again(run: Callable[..., Result], fakes: Fakes, tmp_
     assert len(rows(tmp_path)) == len(ALL)
 
 
-def test_rows_of_another_number_of_questions_are_measured_again(
-    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "expected rows with questions 20, got fp32 none with 5"),
+        (("--limit", "5", "--calib-samples", "7"), "expected rows with calibration samples 7, got rtn W4A8 with"),
+        (("--limit", "5", "--seed", "3"), "expected rows with seed 3, got rtn W4A8 with 0"),
+    ],
+)
+def test_rows_measured_otherwise_are_neither_mixed_nor_replaced(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path, arguments: tuple[str, ...], told: str
 ) -> None:
     run("--limit", "5")
-    assert {row["n"] for row in rows(tmp_path)} == {5}
+    before = rows(tmp_path)
     fakes.exported.clear()
-    result = run()
-    assert "rtn W4A8: measured with 5 questions, now with 20" in result.output
-    assert len(fakes.exported) == len(ALL)
-    assert {row["n"] for row in rows(tmp_path)} == {QUESTIONS}
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert told in result.output
+    assert "choose another file, or --redo" in result.output
+    assert rows(tmp_path) == before
+    assert fakes.exported == []
+    assert run(*arguments, "--redo").exit_code == 0
+    assert fakes.exported
 
 
 @pytest.mark.parametrize(
