@@ -15,7 +15,9 @@ from splitq_edge.learning.site import TrainableSite
 from splitq_edge.modality import VISION, ModalityContext
 from splitq_edge.parallel import Processes
 
-SWEEPS = 2  # over the gates, since each depends a little on the others
+SWEEPS = 4  # over the gates, since each depends a little on the others
+# Places on the line from a gate's start, 0, through what was learned, 1; tried where the start is better.
+SHARES = (0.5, -0.5, 1.5, 0.25, -0.25, 0.1, -0.1, 0.75, -1.0)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def settle_gates(task: BlockTask, scale: float) -> float:
     """Hold every gate against its start, the plain SVD, and move it where the start is better.
 
     A gate moves what is left to be rounded, so the error is rugged in it and descent may end above the start. Where it
-    does, the best of four points on the line through both is taken.
+    does, the best of a few points on the line through both is taken.
 
     Args:
         task: its sites' gates are changed.
@@ -160,19 +162,23 @@ def settle_gates(task: BlockTask, scale: float) -> float:
         The block's relative error.
     """
     gates = [gate for site in task.sites for gate in site.parameter_groups()["gate"] if gate.numel()]
+    learned = [gate.detach().clone() for gate in gates]
     error = block_error(task, scale)
     for _ in range(SWEEPS):
         moved = False
-        for gate in gates:
-            learned = gate.detach().clone()
-            best = learned
-            for share in (0.0, 0.5, -0.5, 1.5):
-                gate.copy_(torch.lerp(torch.ones_like(learned), learned, share))
-                trial = block_error(task, scale)
-                if share == 0.0 and not trial <= error:
-                    break  # the learned gate is better than its start
-                if trial < error:
-                    best, error, moved = gate.detach().clone(), trial, True
+        for gate, end in zip(gates, learned, strict=True):
+            best = gate.detach().clone()
+            start = torch.ones_like(end)
+            gate.copy_(start)
+            trial = block_error(task, scale)
+            if trial <= error:
+                moved = moved or trial < error
+                best, error = start, trial
+                for share in SHARES:
+                    gate.copy_(torch.lerp(start, end, share))
+                    trial = block_error(task, scale)
+                    if trial < error:
+                        best, error, moved = gate.detach().clone(), trial, True
             gate.copy_(best)
         if not moved:
             break

@@ -23,7 +23,7 @@ bits: 3
 activation_bits: 3
 split: {{activation_bits: 4}}
 correction: {{residual_bits: 4}}
-learning: {{epochs: 6, batch: 2, propagate: {propagate}}}
+learning: {{epochs: 12, batch: 2, propagate: {propagate}}}
 """
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -145,7 +145,7 @@ def one_finished(run: Run) -> Callable[[], bool]:
     return lambda: run.blocks() == 1
 
 
-def in_second_block(run: Run, after: float = 1.0) -> Callable[[], bool]:
+def in_second_block(run: Run, after: float = 0.3) -> Callable[[], bool]:
     """Some time after the first block's file came or, in a resumed run with a memory limit, its hidden states."""
     since: list[float] = []
     resumed = run.blocks() > 0
