@@ -18,7 +18,7 @@ from splitq_edge.splitting.plan import outlier_width
 
 # Passes over a block's weight that one learning step makes (fake quantization, transform, CWS, and their gradients).
 WEIGHT_PASSES = 45
-GATE_PASSES = 16  # of `settle_gates`, about: each gate against its start, some more often
+GATE_PASSES = 50  # of `settle_gates`, about: each gate against its start, those that lose against more places
 PROBE = 768  # side of the square product that measures the processor
 
 

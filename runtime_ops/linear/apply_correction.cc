@@ -37,9 +37,8 @@ int64_t TileBytes(const Correction& correction) {
 void CopyRow(const RowKernels& kernels, const int8_t* codes, float scale, const CodeRows& rows,
              int64_t row) {
   std::memcpy(rows.row(row), codes, static_cast<size_t>(rows.channels));
-  ZeroPadding(rows, row);
   rows.scale[row] = scale;
-  SumCodes(kernels, rows, row);
+  FinishRow(kernels, rows, row);
 }
 
 // Copies the rows of the tile that starts at row `first`; MAC's rows are gathered.

@@ -16,12 +16,9 @@ CodeRows TakeCodeRows(Scratch& scratch, int64_t rows, int64_t channels, int64_t 
   return taken;
 }
 
-void ZeroPadding(const CodeRows& rows, int64_t m) {
-  std::memset(rows.row(m) + rows.channels, 0, static_cast<size_t>(rows.stride - rows.channels));
-}
-
-void SumCodes(const RowKernels& kernels, const CodeRows& rows, int64_t m) {
-  const int8_t* codes = rows.row(m);
+void FinishRow(const RowKernels& kernels, const CodeRows& rows, int64_t m) {
+  int8_t* codes = rows.row(m);
+  std::memset(codes + rows.channels, 0, static_cast<size_t>(rows.stride - rows.channels));
   int32_t* sums = rows.sums + m * rows.sums_stride();
   if (rows.block_size == 0) {
     *sums = kernels.sum_codes(codes, rows.channels);

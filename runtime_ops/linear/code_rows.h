@@ -33,9 +33,7 @@ struct CodeRows {
 
 CodeRows TakeCodeRows(Scratch& scratch, int64_t rows, int64_t channels, int64_t block_size = 0);
 
-void ZeroPadding(const CodeRows& rows, int64_t m);
-
-// Fills the sums of row m from its codes.
-void SumCodes(const RowKernels& kernels, const CodeRows& rows, int64_t m);
+// Completes row m, whose codes are written: its padding and its sums.
+void FinishRow(const RowKernels& kernels, const CodeRows& rows, int64_t m);
 
 }  // namespace splitq

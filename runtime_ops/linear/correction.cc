@@ -49,8 +49,7 @@ void QuantizeLatent(const Correction& correction, const CodeRows& main, const Ma
   for (int64_t m = 0; m < count; ++m) {
     latent.scale[m] = QuantizeRowValues(*correction.kernels, {kLatentBits}, workspace + m * rank,
                                         rank, latent.row(m));
-    ZeroPadding(latent, m);
-    SumCodes(*correction.kernels, latent, m);
+    FinishRow(*correction.kernels, latent, m);
   }
 }
 

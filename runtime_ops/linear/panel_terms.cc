@@ -5,7 +5,7 @@
 namespace splitq {
 namespace {
 
-using SumTile = int32_t[3 * kTileRows * kPanel];
+using SumTile = int32_t[kTileSize];
 
 // Channels [k_begin, k_end); `sum` is the place of their sum in a row's sums of codes.
 struct Range {

@@ -15,8 +15,11 @@ inline constexpr int64_t kTileRows = 64;
 // Of a tile of so many rows; with few, more, because every tile has a cost of its own.
 constexpr int64_t TilePanels(int64_t rows) { return rows <= 32 ? 6 : 3; }
 
-// Floats of a tile: [panels, rows, 16], dense.
-using FloatTile = float[3 * kTileRows * kPanel];
+// Numbers of the largest tile: [panels, rows, 16], dense.
+inline constexpr int64_t kTileSize = TilePanels(kTileRows) * kTileRows * kPanel;
+static_assert(TilePanels(32) * 32 * kPanel <= kTileSize);
+
+using FloatTile = float[kTileSize];
 
 // Panels [first, first + count) of a weight; count <= TilePanels(rows of the tile).
 struct PanelRange {

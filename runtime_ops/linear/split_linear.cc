@@ -48,12 +48,6 @@ Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
   return buffers;
 }
 
-// Completes row m, whose codes are written.
-void Finish(const RowKernels& kernels, const CodeRows& rows, int64_t m) {
-  ZeroPadding(rows, m);
-  SumCodes(kernels, rows, m);
-}
-
 // Codes of rows [first, first + count); residual codes only of the rows that take MAC, gathered at
 // the front of the tile's part of `residual`.
 MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
@@ -75,10 +69,10 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
     }
     QuantizeRow(plan, data.x + m * plan.channels, floats, target);
     for (int g = 0; g < kGroups; ++g) {
-      if (plan.groups[g].width > 0) Finish(*plan.kernels, buffers.codes[g], m);
+      if (plan.groups[g].width > 0) FinishRow(*plan.kernels, buffers.codes[g], m);
     }
     if (target.residual != nullptr) {
-      Finish(*plan.kernels, mac.residual, mac.count);
+      FinishRow(*plan.kernels, mac.residual, mac.count);
       index[mac.count++] = m - first;
     }
   }

@@ -192,7 +192,7 @@ def _header(
 def _weights_digest(folder: Path) -> str:
     """Of a local checkpoint's weight files: names, sizes and times of change, because gigabytes take long to read."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -270,7 +271,7 @@ class Setting:
         return rng(self.m, self.k).standard_normal((self.m, self.k), dtype=np.float32)
 
 
-class Timed:
+class Timed(ABC):
     """A case in a setting, ready to run."""
 
     def __init__(self, case: Case, setting: Setting) -> None:
@@ -289,9 +290,11 @@ class Timed:
         """Median over the passes."""
         return statistics.median(self.seconds) * 1e6
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """One pass over all copies."""
 
+    @abstractmethod
     def check(self) -> None:
         """Compare the first copy's result with what it must be.
 
