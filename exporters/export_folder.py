@@ -30,6 +30,7 @@ from splitq_edge.quant.kv_cache import cache_tensors
 from splitq_edge.report.quality_report import REPORT_FILE, build_report
 
 FLAVOURS = ("portable", "packed")
+EXPORTED_LAYOUTS = ("images", "tiles")  # what the vision graph takes alone, see `ModelAdapter.pixel_layout`
 PARITY_FILE = "parity.npz"
 PARITY_POSITIONS = 8  # logits kept of a parity sample
 FLOAT_LIMIT_DB = 80.0  # float32 sums in another order stay far above this
@@ -100,7 +101,7 @@ def check_exportable(loaded: LoadedModel) -> int:
     Raises:
         SplitQError: it is text only, or its vision encoder needs more than pixel_values.
     """
-    if loaded.image_token_id is None or not hasattr(loaded.model.config, "vision_feature_layer"):
+    if loaded.image_token_id is None or loaded.adapter.pixel_layout not in EXPORTED_LAYOUTS:
         raise SplitQError(
             f"export: expected a model whose vision encoder takes pixel_values alone, "
             f"got model type '{loaded.adapter.model_type}'; it can be quantized but not exported yet"
@@ -109,7 +110,7 @@ def check_exportable(loaded: LoadedModel) -> int:
 
 
 def _vision_graph(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest) -> ir.Model:
-    pixels = request.sample["pixel_values"]
+    pixels = _images(request)
 
     def traced() -> ir.Model:
         return trace(
@@ -222,8 +223,13 @@ def _describe(model: ir.Model, part: str, quantized: QuantizedModel | None, requ
         model.metadata_props["splitq.effective_bits"] = f"{effective_bits(quantized.extras['vision']):.4f}"
 
 
+def _images(request: ExportRequest) -> torch.Tensor:
+    """Images or tiles of the sample, [images, 3, height, width] float32."""
+    return request.sample["pixel_values"].float().flatten(0, -4)
+
+
 def _parity_vision(loaded: LoadedModel, request: ExportRequest, parity: dict[str, np.ndarray]) -> torch.Tensor:
-    pixels = request.sample["pixel_values"].float()
+    pixels = _images(request)
     features = VisionEncoder(loaded)(pixels)
     _store(parity, "vision_encoder/image", {"pixel_values": pixels}, {"image_features": features})
     return features.clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,9 @@ from splitq_edge.quant.kv_cache import cache_tensors, dequantize_cache, head_dim
 class VisionEncoder(nn.Module):
     """pixel_values [images, 3, height, width] float32 -> image_features [images, image_tokens, hidden] float32.
 
+    Images are tiles where the family cuts them into tiles, all filled to the edge (`splitq_edge.tiles`): the positions
+    of their patches are constants and no patch is masked. transformers' own code would work out both in the graph.
+
     Runs encoder, feature selection and projector by themselves: transformers' own `get_image_features` turns the batch
     into a Python list, which would fix the number of images in the graph.
     """
@@ -24,15 +29,69 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.encoder = loaded.model.get_submodule(loaded.adapter.vision_encoder)
         self.projector = loaded.model.get_submodule(loaded.adapter.projector_module)
-        layers = loaded.model.config.vision_feature_layer
+        self.full = FullTiles(loaded) if loaded.adapter.patch_positions else None
+        config = loaded.model.config
+        layers = getattr(config, "vision_feature_layer", -1)
         self.layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
-        self.drop_class_token = loaded.model.config.vision_feature_select_strategy == "default"
+        self.drop_class_token = getattr(config, "vision_feature_select_strategy", "full") == "default"
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Image rows of the language model's input."""
+        if self.full is not None:
+            with self.full.constants():
+                return self.projector(self.encoder(pixel_values, return_dict=True).last_hidden_state)
         states = self.encoder(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         chosen = [states[layer][:, int(self.drop_class_token) :] for layer in self.layers]
         return self.projector(torch.cat(chosen, -1))  # [images, image_tokens, hidden]
+
+
+class FullTiles(nn.Module):
+    """Constants of a vision encoder whose tiles are all filled to the edge."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self._positions = loaded.model.get_submodule(loaded.adapter.patch_positions)
+        self._masked = loaded.model.get_submodule(loaded.adapter.patch_encoder)
+        encoder = loaded.model.get_submodule(loaded.adapter.vision_encoder)
+        size = int(loaded.model.config.vision_config.image_size)
+        self.register_buffer("rows", self._rows(encoder, size))  # [1, patches, hidden]
+
+    def _rows(self, encoder: nn.Module, size: int) -> torch.Tensor:
+        """Position embeddings of the patches of one tile."""
+        rows: list[torch.Tensor] = []
+
+        def catch(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+            rows.append(output.detach().clone())
+            raise _Reached
+
+        handle = self._positions.register_forward_hook(catch)
+        try:
+            with suppress(_Reached), torch.no_grad():
+                encoder(torch.zeros(1, 3, size, size))
+        finally:
+            handle.remove()
+        return rows[0]
+
+    @contextmanager
+    def constants(self) -> Iterator[None]:
+        """Within the block the encoder takes them."""
+
+        def unmasked(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "attention_mask": None}
+
+        handles = (
+            self._positions.register_forward_hook(lambda *_: self.rows),
+            self._masked.register_forward_pre_hook(unmasked, with_kwargs=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Reached(Exception):
+    """The positions are known; nothing behind them needs to run."""
 
 
 class EmbedTokens(nn.Module):

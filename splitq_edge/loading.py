@@ -147,8 +147,8 @@ def load_model(
 
     Raises:
         SplitQError: folder missing or without config.json, unsupported model type, a checkpoint that is quantized
-            already, weights that are unreadable, missing or not the model's; lazily also weights that are not in
-            safetensors files.
+            already, weights that are unreadable, missing or not the model's, a processor that does not fit the model;
+            lazily also weights that are not in safetensors files.
     """
     import transformers
     from transformers.utils import logging as hf_logging
@@ -174,6 +174,8 @@ def load_model(
             **({"device_map": "meta"} if lazy else {}),
         )
         processor = _load_processor(source, revision, adapter, config)
+        if adapter.pixel_layout == "tiles":
+            _check_tiles(source, processor, config)
     except SplitQError:
         raise
     except Exception as error:
@@ -215,17 +217,32 @@ def _materialize_buffers(model: Any, device: torch.device) -> None:
 def _load_processor(source: str, revision: str | None, adapter: ModelAdapter, config: Any) -> Any:
     """Processor of a vision-language model, tokenizer of a text-only one."""
     import transformers
-    from transformers.utils import is_torchvision_available
 
     if not adapter.image_token_field:
         return transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-    if not adapter.image_only_processor or is_torchvision_available():
+    if not adapter.image_only_processor:
         return transformers.AutoProcessor.from_pretrained(source, revision=revision)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
     image_token = tokenizer.convert_ids_to_tokens(int(getattr(config, adapter.image_token_field)))
     return getattr(transformers, adapter.image_only_processor).from_pretrained(
         source, revision=revision, extra_special_tokens={"image_token": image_token}
     )
+
+
+def _check_tiles(source: str, processor: Any, config: Any) -> None:
+    """A processor that cuts images into tiles must cut them as the vision encoder takes them."""
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
+    for setting, expected, got in (
+        ("image_seq_len", tokens, processor.image_seq_len),
+        ("max_image_size.longest_edge", vision.image_size, processor.image_processor.max_image_size["longest_edge"]),
+        ("image token id", config.image_token_id, processor.image_token_id),
+    ):
+        if got != expected:
+            raise SplitQError(
+                f"model {source}: expected a processor with {setting} {expected}, as config.json wants it, got {got}; "
+                "mend the processor's files"
+            )
 
 
 def _model_type(source: str, revision: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from torch import nn
 
 QWEN_VIDEO_TOKEN_ID = VOCABULARY - 1
 QWEN_VISION_START_ID = VOCABULARY - 2
+TILE_SIZE = 32
+TILE_TOKENS = 4  # image tokens a tile: (32 / 8) ** 2 / 2 ** 2
+TILE_MARKS = (  # of a SmolVLM's tokenizer; rows and columns as far as the tests cut
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    *(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3)),
+)
 QWEN_GRID = (1, 8, 12)  # patches of 14 pixels in time, height and width; windows of 4 do not divide 12 / 2 evenly
 
 
@@ -58,6 +67,42 @@ def tiny_qwen2_5_vl_config(*, tied: bool = True) -> Any:
     )
 
 
+def tiny_smolvlm_config(*, model_type: str = "smolvlm", tied: bool = True) -> Any:
+    """Configuration of a SmolVLM, or an Idefics3 of the same shape: tiles of 32 pixels give 4 image tokens each."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        model_type,
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": TILE_SIZE,
+            "patch_size": 8,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        scale_factor=2,
+        image_token_id=IMAGE_TOKEN_ID,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=tied,
+    )
+
+
 def tiny_llama_config() -> Any:
     """Configuration of a text-only Llama with tied embeddings, as SmolLM2 has them."""
     from transformers import LlamaConfig
@@ -74,7 +119,13 @@ def tiny_llama_config() -> Any:
     )
 
 
-TINY_CONFIGS = {"llama": tiny_llama_config, "llava": tiny_llava_config, "qwen2_5_vl": tiny_qwen2_5_vl_config}
+TINY_CONFIGS = {
+    "idefics3": partial(tiny_smolvlm_config, model_type="idefics3"),
+    "llama": tiny_llama_config,
+    "llava": tiny_llava_config,
+    "qwen2_5_vl": tiny_qwen2_5_vl_config,
+    "smolvlm": tiny_smolvlm_config,
+}
 
 
 def tiny_model(model_type: str, seed: int = 0, **config: Any) -> Any:
@@ -109,10 +160,32 @@ def tiny_tokenizer(**settings: Any) -> Any:
     )
 
 
+def save_tile_processor(model_type: str, folder: Path) -> None:
+    """Files of a SmolVLM's processor as hub folders have them; pictures become up to 3 x 3 tiles and a small copy."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list(TILE_MARKS), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    name = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}[model_type]
+    settings = {
+        "image_processor_type": f"{name}ImageProcessor",
+        "processor_class": f"{name}Processor",
+        "do_image_splitting": True,
+        "size": {"longest_edge": 3 * TILE_SIZE},
+        "max_image_size": {"longest_edge": TILE_SIZE},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    processor = {"processor_class": f"{name}Processor", "image_seq_len": TILE_TOKENS}
+    (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
 def save_processor(model_type: str, folder: Path) -> None:
     """Processor files as the family's checkpoints have them."""
     if model_type == "llava":
         tiny_processor().save_pretrained(folder)
+        return
+    if model_type in ("smolvlm", "idefics3"):
+        save_tile_processor(model_type, folder)
         return
     tiny_tokenizer().save_pretrained(folder)
     if model_type == "qwen2_5_vl":
@@ -143,6 +216,13 @@ def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
     if model_type == "llava":
         ids, mask = left_padded([prompt_ids("a", 1, "what is it?"), prompt_ids(1, "red?")])
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 56, 56, generator=rng())}
+    if model_type in ("smolvlm", "idefics3"):
+        picture = [IMAGE_TOKEN_ID] * TILE_TOKENS
+        ids, mask = left_padded(
+            [prompt_ids("a") + picture * 3 + prompt_ids("what is it?"), prompt_ids() + picture + prompt_ids("red?")]
+        )
+        pixels = torch.randn(4, 1, 3, TILE_SIZE, TILE_SIZE, generator=rng())
+        return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
     patches = QWEN_GRID[0] * QWEN_GRID[1] * QWEN_GRID[2]
     image = [QWEN_VISION_START_ID, *[IMAGE_TOKEN_ID] * (patches // 4)]
     ids, mask = left_padded([prompt_ids() + image + prompt_ids("what is it?"), prompt_ids() + image + prompt_ids("a")])

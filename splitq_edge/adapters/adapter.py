@@ -31,10 +31,17 @@ class ModelAdapter:
         vision_encoder: module that maps pixel_values to hidden states.
         vision_blocks: module list of its blocks.
         vision_block: sites of one of them.
+        patch_positions: embedding of the patches' positions, where the vision encoder works them out from a mask that
+            says which patches hold pixels.
+        patch_encoder: the part of the vision encoder that takes this mask.
         projector_module: module between the vision encoder and the language model.
         projector: its linears.
+        pixel_layout: how the processor lays out pixel_values: "images" [images, 3, height, width], "tiles" [chats,
+            tiles, 3, height, width] or "patches" [patches, channels]. The vision graph of the first two takes images or
+            tiles alone; "patches" come with sizes that it would need too, so they cannot be exported yet.
         image_only_processor: transformers class that makes the same inputs of text and images as the family's own
-            processor; used without torchvision, which the family's own needs for videos.
+            processor and is loaded in its place: the family's own needs packages for videos, torchvision among them,
+            here and where the exported folder runs.
     """
 
     model_type: str
@@ -48,8 +55,11 @@ class ModelAdapter:
     vision_encoder: str = ""
     vision_blocks: str = ""
     vision_block: tuple[Site, ...] = ()
+    patch_positions: str = ""
+    patch_encoder: str = ""
     projector_module: str = ""
     projector: tuple[str, ...] = ()
+    pixel_layout: str = ""
     image_only_processor: str = ""
 
     def site_name(self, block: int, site: Site) -> str:

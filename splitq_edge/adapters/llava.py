@@ -15,4 +15,5 @@ ADAPTER = ModelAdapter(
     language_block=LLAMA_BLOCK,
     final_norm="model.language_model.norm",
     image_token_field="image_token_index",
+    pixel_layout="images",
 )

@@ -15,5 +15,6 @@ ADAPTER = ModelAdapter(
     language_block=LLAMA_BLOCK,
     final_norm="model.language_model.norm",
     image_token_field="image_token_id",
+    pixel_layout="patches",
     image_only_processor="PaddleOCRVLProcessor",
 )

@@ -1,10 +1,11 @@
 """The model types that can be quantized."""
 
-from splitq_edge.adapters import llama, llava, qwen2_5_vl
+from splitq_edge.adapters import idefics3, llama, llava, qwen2_5_vl, smolvlm
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.errors import UnsupportedModelError
 
-ADAPTERS: dict[str, ModelAdapter] = {module.ADAPTER.model_type: module.ADAPTER for module in (llama, llava, qwen2_5_vl)}
+FAMILIES = (idefics3, llama, llava, qwen2_5_vl, smolvlm)
+ADAPTERS: dict[str, ModelAdapter] = {family.ADAPTER.model_type: family.ADAPTER for family in FAMILIES}
 
 
 def adapter_for(model_type: str) -> ModelAdapter:

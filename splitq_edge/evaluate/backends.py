@@ -17,6 +17,7 @@ import numpy as np
 from splitq_edge.evaluate.likelihood import Forced, TopTokens, force
 from splitq_edge.evaluate.prompts import Prompts, left_padded, right_padded, shared_prefix
 from splitq_edge.evaluate.tasks import Answer, Question
+from splitq_edge.tiles import image_tiles, model_pixels
 
 if TYPE_CHECKING:
     from splitq_edge.runtime_ops.session import Cache
@@ -114,15 +115,28 @@ class _Chunk:
             for question, reference in zip(questions, known, strict=True)
         ]
 
-    def pixels(self) -> np.ndarray:
-        """[images, 3, height, width] float32."""
-        return np.asarray(self._processor.image_processor(images=self._pictures, return_tensors="np")["pixel_values"])
+    def pixels(self, form: Callable[[np.ndarray, np.ndarray | None], np.ndarray]) -> list[np.ndarray]:
+        """Of each picture, its image or its tiles along the first axis; form: `image_tiles` or `model_pixels`."""
+        made = (self._processor.image_processor(images=[picture], return_tensors="np") for picture in self._pictures)
+        return [form(encoded["pixel_values"], encoded.get("pixel_attention_mask")) for encoded in made]
 
     def batches(self) -> Iterator[list[int]]:
         """Numbers of questions of about the same length, so that little is padding."""
         order = sorted(range(len(self.asked)), key=lambda index: self.asked[index].lengths)
         for start in range(0, len(order), BATCH):
             yield order[start : start + BATCH]
+
+
+def _groups(pixels: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Pictures that one run of the vision encoder takes: at most `CHUNK_IMAGES` tiles, or one picture."""
+    group: list[np.ndarray] = []
+    for picture in pixels:
+        if group and sum(map(len, group)) + len(picture) > CHUNK_IMAGES:
+            yield group
+            group = []
+        group.append(picture)
+    if group:
+        yield group
 
 
 def _forced(logits: np.ndarray, rows: Sequence[_Asked], image_token_id: int | None) -> list[Forced]:
@@ -175,21 +189,27 @@ class OrtBackend:
     def answer(self, questions: Sequence[Question], references: References = None) -> list[Answer]:
         """See `Backend.answer`."""
         chunk = _Chunk(questions, self._prompts, references)
-        features = self.model.encode_images(chunk.pixels())
+        features = [part for group in _groups(chunk.pixels(image_tiles)) for part in self._encode(group)]
         start = shared_prefix([asked.prompt for asked in chunk.asked], self._image_token) if self._exact_cache else 0
         prefix = self._prefill(chunk.asked[0].prompt[:start], features) if start else None
         answers: dict[int, Answer] = {}
         for batch in chunk.batches():
             rows = [chunk.asked[index] for index in batch]
-            images = np.array([asked.image for asked in rows])
-            cache = self.model.empty_cache(len(rows)) if prefix is None else prefix.take(images)
-            answers.update(zip(batch, self._batch(rows, features[images], cache), strict=True))
+            images = [asked.image for asked in rows]
+            cache = self.model.empty_cache(len(rows)) if prefix is None else prefix.take(np.array(images))
+            shown = np.concatenate([features[image] for image in images])
+            answers.update(zip(batch, self._batch(rows, shown, cache), strict=True))
         return [answers[index] for index in range(len(questions))]
 
-    def _prefill(self, prefix: list[int], features: np.ndarray) -> Cache:
+    def _encode(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
+        """Image features of each picture."""
+        features = self.model.encode_images(np.concatenate(pixels))
+        return np.split(features, np.cumsum([len(part) for part in pixels])[:-1])
+
+    def _prefill(self, prefix: list[int], features: list[np.ndarray]) -> Cache:
         """The cache behind the prompts' common prefix, one row an image."""
         ids = np.tile(np.array(prefix, np.int64), (len(features), 1))
-        embeds, modality = self.model.embed(ids, features)
+        embeds, modality = self.model.embed(ids, np.concatenate(features))
         return self.model.decode(embeds, modality, np.ones_like(ids), self.model.empty_cache(len(ids)))[1]
 
     def _batch(self, rows: list[_Asked], features: np.ndarray, cache: Cache) -> list[Answer]:
@@ -265,27 +285,29 @@ class TorchBackend:
         import torch
 
         chunk = _Chunk(questions, self._prompts, references)
-        pixels = chunk.pixels()
+        pixels = [torch.from_numpy(array) for array in chunk.pixels(model_pixels)]
         answers: dict[int, Answer] = {}
         with torch.inference_mode(), self.loaded.modality_from_inputs():
             for batch in chunk.batches():
                 rows = [chunk.asked[index] for index in batch]
-                images = torch.from_numpy(pixels[[asked.image for asked in rows]])
+                images = [pixels[asked.image] for asked in rows]
                 answers.update(zip(batch, self._batch(rows, images), strict=True))
         return [answers[index] for index in range(len(questions))]
 
-    def _batch(self, rows: list[_Asked], pixels: Any) -> list[Answer]:
+    def _batch(self, rows: list[_Asked], pixels: list[Any]) -> list[Answer]:
         logits = self._logits(rows, pixels)
         forced = _forced(logits, rows, self.loaded.image_token_id)
         tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
         open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
         if open_rows:
-            generated = self._generate([rows[index].prompt for index in open_rows], pixels[open_rows])
+            generated = self._generate(
+                [rows[index].prompt for index in open_rows], [pixels[index] for index in open_rows]
+            )
             for index, row in zip(open_rows, generated, strict=True):
                 tokens[index] = row
         return _answers(self.processor, rows, forced, tokens)
 
-    def _logits(self, rows: list[_Asked], pixels: Any) -> np.ndarray:
+    def _logits(self, rows: list[_Asked], pixels: list[Any]) -> np.ndarray:
         """What predicts the right answers, [rows, longest answer, vocabulary] float32."""
         import torch
 
@@ -294,18 +316,18 @@ class TorchBackend:
         ids, mask = (torch.from_numpy(np.concatenate(pair, -1)) for pair in zip(prompts, answers, strict=True))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         output = self.loaded.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=pixels, use_cache=False
+            input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=torch.cat(pixels), use_cache=False
         )
         return np.asarray(output.logits[:, prompts[0].shape[1] - 1 :].numpy())
 
-    def _generate(self, prompts: list[list[int]], pixels: Any) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], pixels: list[Any]) -> list[list[int]]:
         import torch
 
         ids, mask = (torch.from_numpy(array) for array in left_padded(prompts, self._pad))
         tokens = self.loaded.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            pixel_values=pixels,
+            pixel_values=torch.cat(pixels),
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
             suppress_tokens=[self.loaded.image_token_id],

@@ -16,7 +16,13 @@ from splitq_edge.adapters.registry import ADAPTERS, adapter_for
 from splitq_edge.errors import SplitQError, UnsupportedModelError
 
 # 2 vision blocks, projector, 2 language blocks of 7, lm_head
-LINEARS = {"llama": 2 * 7 + 1, "llava": 2 * 6 + 2 + 2 * 7 + 1, "qwen2_5_vl": 2 * 5 + 2 + 2 * 7 + 1}
+LINEARS = {
+    "idefics3": 2 * 6 + 1 + 2 * 7 + 1,
+    "llama": 2 * 7 + 1,
+    "llava": 2 * 6 + 2 + 2 * 7 + 1,
+    "qwen2_5_vl": 2 * 5 + 2 + 2 * 7 + 1,
+    "smolvlm": 2 * 6 + 1 + 2 * 7 + 1,
+}
 
 
 @pytest.fixture(params=sorted(ADAPTERS))

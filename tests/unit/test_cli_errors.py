@@ -153,7 +153,7 @@ def test_unknown_model_type_lists_the_supported(
 ) -> None:
     (model / "config.json").write_text('{"model_type": "resnet"}')
     line = error_of("export", model, out, "--calib", chats, "--calib-samples", 2)
-    assert "'resnet': expected one of llama, llava, qwen2_5_vl;" in line
+    assert "'resnet': expected one of idefics3, llama, llava, qwen2_5_vl, smolvlm;" in line
     nothing_written()
 
 
