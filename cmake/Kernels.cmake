@@ -51,8 +51,10 @@ function(splitq_add_kernels name)
     gemm/table.cc
     pack/checksum.cc
     pack/pack.cc
+    quantize/gather.cc
+    quantize/kronecker.cc
     quantize/rows.cc
-    quantize/scalar_kronecker.cc
+    quantize/scalar_product.cc
     quantize/scalar_rows.cc
     quantize/table.cc
     linear/activation.cc
@@ -68,12 +70,12 @@ function(splitq_add_kernels name)
     gemm/avx2_terms.cc
     quantize/avx2_rows.cc
   )
-  set(avx2_fma quantize/avx2_kronecker.cc)
-  set(avx512vnni gemm/avx512vnni.cc quantize/avx512vnni_kronecker.cc)
+  set(avx2_fma quantize/avx2_product.cc)
+  set(avx512vnni gemm/avx512vnni.cc quantize/avx512vnni_product.cc quantize/avx512vnni_rows.cc)
   set(neon
     gemm/neon_gemm.cc
     gemm/neon_terms.cc
-    quantize/neon_kronecker.cc
+    quantize/neon_product.cc
     quantize/neon_rows.cc
   )
   set(dotprod gemm/dotprod_gemm.cc)

@@ -12,7 +12,11 @@ class ParallelFor {
   // Calls task(body, i) for each i in [0, count), in any order, on any thread; returns when done.
   using Runner = void (*)(void* pool, int64_t count, Task task, void* body);
 
-  ParallelFor(Runner runner, void* pool) : runner_(runner), pool_(pool) {}
+  // threads: how many there may be; work is cut accordingly.
+  ParallelFor(Runner runner, void* pool, int64_t threads)
+      : runner_(runner), pool_(pool), threads_(threads) {}
+
+  int64_t threads() const { return threads_; }
 
   // body(index) must not throw. `serial` keeps work that is cheaper than waking a thread here.
   template <typename Body>
@@ -28,6 +32,7 @@ class ParallelFor {
  private:
   Runner runner_;
   void* pool_;
+  int64_t threads_;
 };
 
 }  // namespace splitq

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 
+#include "quantize/kronecker.h"
 #include "quantize/rows.h"
 
 namespace splitq {
@@ -19,9 +20,7 @@ struct ChannelGroup {
 
 struct ActivationPlan {
   const RowKernels* kernels = nullptr;
-  int64_t channels = 0;
-  const int32_t* order = nullptr;  // [channels], null for the identity
-  const float* scale = nullptr;    // [channels], null for ones
+  ChannelGather gather;  // of all channels
   std::array<ChannelGroup, kGroups> groups;
   int residual_bits = 8;
 };
@@ -35,10 +34,11 @@ struct RowTarget {
 };
 
 // Floats of working memory that QuantizeRow needs.
-inline int64_t RowWorkspace(const ActivationPlan& plan) { return 3 * plan.channels; }
+inline int64_t RowWorkspace(const ActivationPlan& plan) { return 3 * plan.gather.channels; }
 
-// x: [channels]; workspace: [RowWorkspace(plan)]. The residual needs the main codes.
-void QuantizeRow(const ActivationPlan& plan, const float* x, float* workspace,
+// x: [gather.channels]; workspace: [RowWorkspace(plan)]; ahead: may be null. The residual needs the
+// main codes.
+void QuantizeRow(const ActivationPlan& plan, const float* x, ReadAhead* ahead, float* workspace,
                  const RowTarget& target);
 
 }  // namespace splitq

@@ -12,12 +12,17 @@ namespace splitq {
 // cache.
 inline constexpr int64_t kTileRows = 64;
 
-// Of a tile of so many rows; with few, more, because every tile has a cost of its own.
-constexpr int64_t TilePanels(int64_t rows) { return rows <= 32 ? 6 : 3; }
-
 // Numbers of the largest tile: [panels, rows, 16], dense.
-inline constexpr int64_t kTileSize = TilePanels(kTileRows) * kTileRows * kPanel;
-static_assert(TilePanels(32) * 32 * kPanel <= kTileSize);
+inline constexpr int64_t kTileSize = 3 * kTileRows * kPanel;
+
+// Panels of a tile of so many rows, at most. Few rows take many: their time is that of reading the
+// weights, which stops for a moment at the end of every tile.
+constexpr int64_t TilePanels(int64_t rows) {
+  return rows <= 4 ? 48 : rows <= 16 ? 12 : rows <= 32 ? 6 : 3;
+}
+static_assert(TilePanels(4) * 4 * kPanel <= kTileSize && TilePanels(16) * 16 * kPanel <= kTileSize);
+static_assert(TilePanels(32) * 32 * kPanel <= kTileSize &&
+              TilePanels(kTileRows) * kTileRows * kPanel <= kTileSize);
 
 using FloatTile = float[kTileSize];
 

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 
+#include "include/prefetch.h"
 #include "include/scratch.h"
+#include "linear/panel_queue.h"
 #include "linear/panel_terms.h"
 
 namespace splitq {
@@ -48,6 +50,19 @@ Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
   return buffers;
 }
 
+// What is read first once the codes exist, in the order in which it is.
+ReadAhead ReadAheadOf(const SplitLinear& layer) {
+  constexpr int64_t kMost = int64_t{256} << 10;  // of the main weight: less than the L2 cache holds
+  const PackedWeight& main = layer.weights[kMain];
+  const auto* begin = reinterpret_cast<const char*>(main.payload);
+  const ReadAhead ahead{begin, begin + std::min(main.panels() * main.panel_bytes(), kMost), nullptr,
+                        nullptr};
+  if (!layer.corrected) return ahead;
+  const PackedWeight& u = layer.correction.u;
+  const auto* begin_u = reinterpret_cast<const char*>(u.payload);
+  return {begin_u, begin_u + u.panels() * u.panel_bytes(), ahead.next, ahead.end};
+}
+
 // Codes of rows [first, first + count); residual codes only of the rows that take MAC, gathered at
 // the front of the tile's part of `residual`.
 MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
@@ -56,6 +71,7 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
   const bool has_mac = buffers.mac_index != nullptr;
   int64_t* index = has_mac ? buffers.mac_index + first : nullptr;
   MacRows mac{has_mac ? buffers.residual.from(first) : CodeRows{}, index, 0};
+  ReadAhead ahead = first == 0 ? ReadAheadOf(layer) : ReadAhead{};
   for (int64_t m = first; m < first + count; ++m) {
     RowTarget target;
     for (int g = 0; g < kGroups; ++g) {
@@ -67,7 +83,7 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
       target.residual = mac.residual.row(mac.count);
       target.residual_scale = mac.residual.scale + mac.count;
     }
-    QuantizeRow(plan, data.x + m * plan.channels, floats, target);
+    QuantizeRow(plan, data.x + m * plan.gather.channels, &ahead, floats, target);
     for (int g = 0; g < kGroups; ++g) {
       if (plan.groups[g].width > 0) FinishRow(*plan.kernels, buffers.codes[g], m);
     }
@@ -98,10 +114,27 @@ void StoreNarrow(const float* terms, int64_t rows, int64_t width, const float* b
   }
 }
 
+// A few panels of a weight with their scales.
+SPLITQ_PREFETCH void PrefetchPanels(const PackedWeight& weight, PanelRange panels) {
+  constexpr int64_t kScaleBytes = kPanel * static_cast<int64_t>(sizeof(float));
+  Prefetch(weight.panel(panels.first), panels.count * weight.panel_bytes());
+  Prefetch(weight.scale + panels.first * kPanel, panels.count * kScaleBytes);
+}
+
+// What a tile reads beside the long stream of the main weight: short pieces, for each of which it
+// would wait as long as memory takes to answer.
+SPLITQ_PREFETCH void PrefetchExtras(const SplitLinear& layer, PanelRange panels) {
+  for (int g = kMain + 1; g < kGroups; ++g) {
+    if (layer.activation.groups[g].width > 0) PrefetchPanels(layer.weights[g], panels);
+  }
+  if (layer.corrected) PrefetchPanels(layer.correction.v, panels);
+}
+
 // y of rows [first, first + count) and the channels of a few panels, summed in the order main,
 // text, vision, correction, bias.
 void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
                 int64_t first, int64_t count, PanelRange panels) {
+  PrefetchExtras(layer, panels);
   FloatTile total;
   PanelTerms(layer.weights[kMain], panels, buffers.codes[kMain].from(first), count, total);
   for (int g = kMain + 1; g < kGroups; ++g) {
@@ -138,19 +171,14 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
                     const ParallelFor& parallel) {
   Scratch scratch(memory);
   const Buffers buffers = TakeBuffers(layer, data.rows, scratch);
-  const int64_t weight_codes = layer.activation.channels * layer.channels_out();
+  const int64_t weight_codes = layer.activation.gather.channels * layer.channels_out();
   const bool serial = weight_codes < kSerialWork / (data.rows + kUnpackWork);
   parallel(CeilDiv(data.rows, kPrepareRows), serial,
            [&](int64_t tile) { PrepareTile(layer, data, buffers, tile); });
-  const PackedWeight& main = layer.weights[kMain];
-  const int64_t step = TilePanels(std::min(data.rows, kTileRows));
-  const int64_t panel_tiles = CeilDiv(main.panels(), step);
-  const int64_t row_tiles = CeilDiv(data.rows, kTileRows);
-  parallel(row_tiles * panel_tiles, serial, [&](int64_t task) {  // a row tile's panels in turn
-    const int64_t first = task / panel_tiles * kTileRows;
-    const int64_t count = std::min(data.rows - first, kTileRows);
-    const int64_t panel = task % panel_tiles * step;
-    OutputTile(layer, data, buffers, first, count, {panel, std::min(main.panels() - panel, step)});
+  PanelQueue queue(data.rows, layer.weights[kMain].panels(), serial ? 1 : parallel.threads());
+  parallel(queue.tiles(), serial, [&](int64_t) {
+    const OutputRange range = queue.Next();
+    OutputTile(layer, data, buffers, range.first, range.count, range.panels);
   });
 }
 

@@ -1,6 +1,8 @@
 #include "ops/call.h"
 
+#include <algorithm>
 #include <new>
+#include <thread>
 
 namespace splitq::ops {
 namespace {
@@ -72,7 +74,9 @@ ParallelFor Call::Parallel() {
     call.parallel_status_ =
         call.api_.KernelContext_ParallelFor(call.context_, step, steps, steps, &loop);
   };
-  return ParallelFor(runner, this);
+  // The API does not tell how many threads the session has; it is seldom more than this.
+  static const int64_t threads = std::max(1u, std::thread::hardware_concurrency());
+  return ParallelFor(runner, this, threads);
 }
 
 void Call::Finish() {

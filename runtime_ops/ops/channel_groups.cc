@@ -28,7 +28,8 @@ ChannelGroups::ChannelGroups(const Node& node, size_t first_input) {
   ReadBits(node);
   ReadOrder(node, first_input);
   if (node.HasInput(first_input + 1)) {
-    plan_.scale = Keep(node.Constant(first_input + 1, {plan_.channels}), plan_.channels);
+    plan_.gather.scale =
+        Keep(node.Constant(first_input + 1, {plan_.gather.channels}), plan_.gather.channels);
   }
   for (int g = 0; g < kGroups; ++g) {
     ReadFactors(node, first_input + 2 + 2 * static_cast<size_t>(g), g);
@@ -37,7 +38,7 @@ ChannelGroups::ChannelGroups(const Node& node, size_t first_input) {
 }
 
 void ChannelGroups::ReadWidths(const Node& node) {
-  plan_.channels = node.Int("K", 1, kGroups * kMaxChannelsIn);
+  plan_.gather.channels = node.Int("K", 1, kGroups * kMaxChannelsIn);
   const std::vector<int64_t> widths = node.Ints("group_widths");
   int64_t total = 0;
   bool good = widths.size() == kGroups && widths[kMain] > 0;
@@ -45,10 +46,10 @@ void ChannelGroups::ReadWidths(const Node& node) {
     good = good && width >= 0 && width <= kMaxChannelsIn;
     if (good) total += width;
   }
-  if (!good || total != plan_.channels) {
+  if (!good || total != plan_.gather.channels) {
     node.Fail("group_widths [K_m, K_t, K_v] with K_m > 0, none above " +
                   std::to_string(kMaxChannelsIn) +
-                  " and the sum K = " + std::to_string(plan_.channels),
+                  " and the sum K = " + std::to_string(plan_.gather.channels),
               ToString(widths), kExportAgain);
   }
   for (int g = 0; g < kGroups; ++g) plan_.groups[g].width = widths[g];
@@ -69,14 +70,16 @@ void ChannelGroups::ReadBits(const Node& node) {
 
 void ChannelGroups::ReadOrder(const Node& node, size_t input) {
   if (!node.HasInput(input)) return;
-  const Tensor tensor = node.Constant(input, {plan_.channels});
-  order_.resize(static_cast<size_t>(plan_.channels));
+  const Tensor tensor = node.Constant(input, {plan_.gather.channels});
+  order_.resize(static_cast<size_t>(plan_.gather.channels));
   std::memcpy(order_.data(), tensor.data, order_.size() * sizeof(int32_t));
   if (!IsPermutation(order_)) {
     node.Fail("channel_order to be a permutation of 0 .. K-1", "a channel out of range or twice",
               kExportAgain);
   }
-  plan_.order = order_.data();
+  windows_ = GatherWindows(order_.data(), plan_.gather.channels);
+  plan_.gather.order = order_.data();
+  plan_.gather.windows = windows_.data();
 }
 
 void ChannelGroups::ReadFactors(const Node& node, size_t input, int group) {

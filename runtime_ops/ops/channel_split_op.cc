@@ -52,7 +52,7 @@ ChannelSplitKernel::ChannelSplitKernel(const Node& node)
 
 void ChannelSplitKernel::Compute(Call& call) const {
   const ActivationPlan& plan = groups_.plan();
-  const Tensor x = call.Rows(0, plan.channels);
+  const Tensor x = call.Rows(0, plan.gather.channels);
   const int64_t rows = LeadingSize(x.shape);
   OutputRows outputs[kGroups + 1];
   for (int i = 0; i <= kResidual; ++i) {
@@ -67,12 +67,12 @@ void ChannelSplitKernel::Compute(Call& call) const {
   const Arena::Block scratch =
       arena_.Allocate(tasks * task_floats * static_cast<int64_t>(sizeof(float)));
   float* const floats = static_cast<float*>(scratch.data());
-  const bool serial = plan.channels < kSerialFloats / rows;
+  const bool serial = plan.gather.channels < kSerialFloats / rows;
   call.Parallel()(tasks, serial, [&](int64_t task) {
     const int64_t end = std::min(rows, (task + 1) * kTaskRows);
     for (int64_t m = task * kTaskRows; m < end; ++m) {
-      QuantizeRow(plan, x.as<float>() + m * plan.channels, floats + task * task_floats,
-                  TargetOf(outputs, m));
+      QuantizeRow(plan, x.as<float>() + m * plan.gather.channels, nullptr,
+                  floats + task * task_floats, TargetOf(outputs, m));
     }
   });
 }

@@ -67,7 +67,7 @@ void SplitLinearKernel::ReadBias(const Node& node, int64_t outputs) {
 }
 
 void SplitLinearKernel::Compute(Call& call) const {
-  const Tensor x = call.Rows(kX, layer_.activation.channels);
+  const Tensor x = call.Rows(kX, layer_.activation.gather.channels);
   SplitLinearRows data;
   data.x = x.as<float>();
   data.rows = LeadingSize(x.shape);

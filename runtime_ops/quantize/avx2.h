@@ -1,4 +1,4 @@
-// Row loops for x86-64 with AVX2; the Kronecker product with FMA too.
+// Row loops for x86-64 with AVX2; the matrix product with FMA too.
 #pragma once
 
 #include "quantize/kernel.h"
@@ -10,6 +10,6 @@ void EncodeAvx2(const float* values, int64_t width, Encoding encoding, int8_t* c
 int32_t SumCodesAvx2(const int8_t* codes, int64_t width);
 void SubtractCodesAvx2(const float* values, const int8_t* codes, float scale, int64_t width,
                        float* out);
-void ApplyKroneckerAvx2(const KroneckerFactors& factors, const float* g, float* work, float* out);
+void MultiplyAvx2(const MatrixProduct& product);
 
 }  // namespace splitq

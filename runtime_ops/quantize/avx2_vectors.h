@@ -1,9 +1,9 @@
-// 8 and 4 floats for quantize/kronecker.h; AVX2, FMA.
+// 8 and 4 floats for quantize/matrix_product.h; AVX2, FMA.
 #pragma once
 
 #include <immintrin.h>
 
-#include "quantize/kronecker.h"
+#include "quantize/matrix_product.h"
 
 namespace splitq {
 namespace {

@@ -5,7 +5,8 @@
 
 namespace splitq {
 
-void ApplyKroneckerAvx512Vnni(const KroneckerFactors& factors, const float* g, float* work,
-                              float* out);
+void GatherAvx512Vnni(const ChannelGather& gather, const float* x, int64_t begin, int64_t count,
+                      float* out);
+void MultiplyAvx512Vnni(const MatrixProduct& product);
 
 }  // namespace splitq

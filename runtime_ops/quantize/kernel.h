@@ -1,20 +1,25 @@
 // The loops over float rows that have a form for each instruction set. The scalar form is the
-// meaning; others give the same bits, but for the rounding of the Kronecker product, whose order of
+// meaning; others give the same bits, but for the rounding of the matrix product, whose order of
 // summation docs/ops.md leaves open.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/features.h"
+#include "include/read_ahead.h"
+#include "quantize/gather.h"
 
 namespace splitq {
 
-// P = P1 (x) P2 of a group of width a * b; p1 == nullptr is the identity (eq. 2).
-struct KroneckerFactors {
-  const float* p1 = nullptr;  // [a, a]
-  const float* p2 = nullptr;  // [b, b]
-  int64_t a = 0;
-  int64_t b = 0;
+// out[i][j] = sum over k < depth of left[i * row_step + k * k_step] * right[k][j], i < rows; right
+// and out have `columns` columns. out overlaps nothing else.
+struct MatrixProduct {
+  const float* left;
+  int64_t row_step, k_step;
+  const float* right;
+  int64_t rows, depth, columns;
+  float* out;
+  ReadAhead* ahead;  // null: nothing to load meanwhile
 };
 
 struct Extremes {
@@ -32,6 +37,10 @@ struct RowKernels {
   const char* name;  // rows_isa
   Isa isa;           // what the processor must have
 
+  // out[i] = x[order[begin + i]] * scale[begin + i], i < count. x: [channels]
+  void (*gather)(const ChannelGather& gather, const float* x, int64_t begin, int64_t count,
+                 float* out);
+
   // Of 0 and the values, NaNs ignored.
   Extremes (*find_extremes)(const float* values, int64_t width);
 
@@ -45,9 +54,7 @@ struct RowKernels {
   void (*subtract_codes)(const float* values, const int8_t* codes, float scale, int64_t width,
                          float* out);
 
-  // out = g P, computed as P1^T (g P2) with g seen as a row-major matrix [a, b].
-  // g, work, out: [a * b], distinct. p1 and p2 are given.
-  void (*apply_kronecker)(const KroneckerFactors& factors, const float* g, float* work, float* out);
+  void (*multiply)(const MatrixProduct& product);
 };
 
 }  // namespace splitq

@@ -1,106 +1,29 @@
-// The Kronecker product of a row, for any vector type: two matrix products whose tiles stay in
-// registers while k runs over a row of the right matrix and broadcasts from the left one. The last
-// columns of a row are a full register that overlaps the one before: the same elements come out the
-// same. Each element is summed in order of k with fused multiply-adds.
-//
-// The files that include this are compiled for different processors: everything here has internal
-// linkage, lest the linker keep a copy for a newer one.
+// The transform of a group of channels (eq. 2).
 #pragma once
+
+#include <cstdint>
 
 #include "quantize/kernel.h"
 
-#define SPLITQ_INLINE inline __attribute__((always_inline))
-
 namespace splitq {
-namespace {
 
-// A vector type V has
-//   Register, kCount   its register and floats
-//   kRows, kVectors    its tile in rows and registers
-//   Zero, Load, Broadcast, Store, MultiplyAdd
-
-// One float, for matrices narrower than the narrowest register.
-struct One {
-  using Register = float;
-  static constexpr int kCount = 1, kRows = 1, kVectors = 1;
-  static SPLITQ_INLINE float Zero() { return 0.0f; }
-  static SPLITQ_INLINE float Load(const float* p) { return *p; }
-  static SPLITQ_INLINE float Broadcast(const float* p) { return *p; }
-  static SPLITQ_INLINE void Store(float* p, float v) { *p = v; }
-  static SPLITQ_INLINE float MultiplyAdd(float a, float b, float c) {
-    return __builtin_fmaf(a, b, c);
-  }
+// P = P1 (x) P2 of a group of width a * b; p1 == nullptr is the identity.
+struct KroneckerFactors {
+  const float* p1 = nullptr;  // [a, a]
+  const float* p2 = nullptr;  // [b, b]
+  int64_t a = 0;
+  int64_t b = 0;
 };
 
-// out[i][j] = sum over k < depth of left[i * row_step + k * k_step] * right[k][j], i < rows; right
-// and out have `columns` columns.
-struct MatrixProduct {
-  const float* left;
-  int64_t row_step, k_step;
-  const float* right;
-  int64_t rows, depth, columns;
-  float* out;
+// A group of a row that is to be gathered.
+struct GatheredGroup {
+  const ChannelGather& gather;
+  const float* x;  // [gather.channels]
+  int64_t begin;   // of the group in the gathered order
 };
 
-// Rows i .. i + rows, `vectors` registers of columns from column j on.
-template <typename V, int rows, int vectors>
-SPLITQ_INLINE void ProductTile(const MatrixProduct& p, int64_t i, int64_t j) {
-  typename V::Register sums[rows][vectors];
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) sums[r][v] = V::Zero();
-  }
-  const float* left = p.left + i * p.row_step;
-  const float* right = p.right + j;
-  for (int64_t k = 0; k < p.depth; ++k, left += p.k_step, right += p.columns) {
-    typename V::Register values[vectors];
-    for (int v = 0; v < vectors; ++v) values[v] = V::Load(right + v * V::kCount);
-    for (int r = 0; r < rows; ++r) {
-      const typename V::Register factor = V::Broadcast(left + r * p.row_step);
-      for (int v = 0; v < vectors; ++v) {
-        sums[r][v] = V::MultiplyAdd(factor, values[v], sums[r][v]);
-      }
-    }
-  }
-  float* out = p.out + i * p.columns + j;
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) V::Store(out + r * p.columns + v * V::kCount, sums[r][v]);
-  }
-}
+// out = g P of a group g, p1 and p2 given. work: [2 * a * b]; out: [a * b]
+void ApplyKronecker(const RowKernels& kernels, const KroneckerFactors& factors,
+                    const GatheredGroup& group, ReadAhead* ahead, float* work, float* out);
 
-// All rows from row i on of these columns.
-template <typename V, int rows, int vectors>
-SPLITQ_INLINE void ProductColumns(const MatrixProduct& p, int64_t i, int64_t j) {
-  for (; i + rows <= p.rows; i += rows) ProductTile<V, rows, vectors>(p, i, j);
-  if constexpr (rows > 1) ProductColumns<V, rows / 2, vectors>(p, i, j);
-}
-
-// Columns outside, so that those of the right matrix stay in the L1 cache. At least V::kCount.
-template <typename V>
-SPLITQ_INLINE void MultiplyBy(const MatrixProduct& p) {
-  constexpr int64_t kWide = V::kVectors * V::kCount;
-  int64_t j = 0;
-  for (; j + kWide <= p.columns; j += kWide) ProductColumns<V, V::kRows, V::kVectors>(p, 0, j);
-  for (; j + V::kCount <= p.columns; j += V::kCount) ProductColumns<V, V::kRows, 1>(p, 0, j);
-  if (j < p.columns) ProductColumns<V, V::kRows, 1>(p, 0, p.columns - V::kCount);
-}
-
-// By the first vector type that is not wider than the matrices.
-template <typename V, typename... Narrower>
-SPLITQ_INLINE void Multiply(const MatrixProduct& p) {
-  if constexpr (sizeof...(Narrower) > 0) {
-    if (p.columns < V::kCount) return Multiply<Narrower...>(p);
-  }
-  MultiplyBy<V>(p);
-}
-
-// Vectors: from wide to narrow, One at the end.
-template <typename... Vectors>
-SPLITQ_INLINE void ApplyKronecker(const KroneckerFactors& factors, const float* g, float* work,
-                                  float* out) {
-  const int64_t a = factors.a, b = factors.b;
-  Multiply<Vectors...>({g, b, 1, factors.p2, a, b, b, work});    // work = g P2, [a, b]
-  Multiply<Vectors...>({factors.p1, 1, a, work, a, a, b, out});  // out = P1^T work, [a, b]
-}
-
-}  // namespace
 }  // namespace splitq

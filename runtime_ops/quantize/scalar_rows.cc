@@ -15,7 +15,27 @@ void Include(float value, float& low, float& high) {
   high = value > high ? value : high;
 }
 
+// ordered, scaled: whether there is an order, a scale.
+template <bool ordered, bool scaled>
+void Gather(const ChannelGather& gather, const float* __restrict x, int64_t begin, int64_t count,
+            float* __restrict out) {
+  const int32_t* __restrict order = ordered ? gather.order + begin : nullptr;
+  const float* __restrict scale = scaled ? gather.scale + begin : nullptr;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = x[ordered ? order[i] : begin + i];
+    out[i] = scaled ? value * scale[i] : value;
+  }
+}
+
 }  // namespace
+
+void GatherScalar(const ChannelGather& gather, const float* x, int64_t begin, int64_t count,
+                  float* out) {
+  const bool ordered = gather.order != nullptr, scaled = gather.scale != nullptr;
+  const auto run = ordered ? (scaled ? Gather<true, true> : Gather<true, false>)
+                           : (scaled ? Gather<false, true> : Gather<false, false>);
+  run(gather, x, begin, count, out);
+}
 
 Extremes FindExtremesScalar(const float* values, int64_t width) {
   float low[kLanes] = {}, high[kLanes] = {};

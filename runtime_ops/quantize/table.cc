@@ -13,19 +13,19 @@ namespace {
 // Fastest first; the scalar kernels run everywhere and end the list.
 constexpr RowKernels kRowKernels[] = {
 #if defined(SPLITQ_AVX512VNNI)
-    {"rows_avx512vnni", Isa::kAvx512Vnni, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2,
-     SubtractCodesAvx2, ApplyKroneckerAvx512Vnni},
+    {"rows_avx512vnni", Isa::kAvx512Vnni, GatherAvx512Vnni, FindExtremesAvx2, EncodeAvx2,
+     SumCodesAvx2, SubtractCodesAvx2, MultiplyAvx512Vnni},
 #endif
 #if defined(SPLITQ_AVX2)
-    {"rows_avx2", Isa::kAvx2, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2, SubtractCodesAvx2,
-     ApplyKroneckerAvx2},
+    {"rows_avx2", Isa::kAvx2, GatherScalar, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2,
+     SubtractCodesAvx2, MultiplyAvx2},
 #endif
 #if defined(SPLITQ_NEON)
-    {"rows_neon", Isa::kNeon, FindExtremesNeon, EncodeNeon, SumCodesNeon, SubtractCodesNeon,
-     ApplyKroneckerNeon},
+    {"rows_neon", Isa::kNeon, GatherScalar, FindExtremesNeon, EncodeNeon, SumCodesNeon,
+     SubtractCodesNeon, MultiplyNeon},
 #endif
-    {"rows_scalar", Isa::kScalar, FindExtremesScalar, EncodeScalar, SumCodesScalar,
-     SubtractCodesScalar, ApplyKroneckerScalar},
+    {"rows_scalar", Isa::kScalar, GatherScalar, FindExtremesScalar, EncodeScalar, SumCodesScalar,
+     SubtractCodesScalar, MultiplyScalar},
 };
 
 }  // namespace

@@ -113,6 +113,12 @@ def scales(*shape: int) -> np.ndarray:
     return rng(*shape).random(shape, dtype=np.float32) * 0.01 + 0.001
 
 
+def channel_order(widths: tuple[int, ...]) -> np.ndarray:
+    """Channels drawn for each group, ascending as the split plan keeps them; int32."""
+    groups = np.split(rng(*widths).permutation(sum(widths)), np.cumsum(widths)[:-1])
+    return np.concatenate([np.sort(group) for group in groups]).astype(np.int32)
+
+
 def ours(name: str, wbits: int, abits: int, *, group: int = 0) -> Case:
     """One channel group, no transform, no correction."""
 
@@ -158,7 +164,7 @@ def whole_splitq(name: str, wbits: int, abits: int) -> Case:
             packed=True,
         )
         tensors = {
-            "channel_order": numpy_helper.from_array(rng(k).permutation(k).astype(np.int32)),
+            "channel_order": numpy_helper.from_array(channel_order(widths)),
             "channel_scale": numpy_helper.from_array(np.ones(k, np.float32)),
             "activation_clip": numpy_helper.from_array(np.ones(3, np.float32)),
             "u": weight_initializer("u", codes(widths[0], mac, 4), 4, True),

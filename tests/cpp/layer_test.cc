@@ -45,7 +45,8 @@ class TestLayer {
       layer_.activation.groups[g].width = widths[g];
       layer_.activation.groups[g].quantization.bits = g == kMain ? sizes.activation_bits : 8;
     }
-    layer_.activation.channels = channels;
+    windows_ = GatherWindows(order_.data(), channels);
+    layer_.activation.gather = {channels, order_.data(), scale_.data(), windows_.data()};
     layer_.activation.residual_bits = 4;
     if (sizes.corrected) Correct(random);
     x_ = DrawMany<float>(random, sizes.rows * channels, -30000, 30000, 1237.0f);
@@ -58,8 +59,6 @@ class TestLayer {
   std::vector<float> Run(Isa isa, const ParallelFor& parallel) const {
     SplitLinear layer = layer_;
     layer.activation.kernels = &FindRowKernels(isa);
-    layer.activation.order = order_.data();
-    layer.activation.scale = scale_.data();
     for (PackedWeight& weight : layer.weights) Choose(isa, weight);
     layer.correction.kernels = layer.activation.kernels;
     Choose(isa, layer.correction.u);
@@ -107,7 +106,7 @@ class TestLayer {
 
   Sizes sizes_;
   SplitLinear layer_;
-  std::vector<int32_t> order_;
+  std::vector<int32_t> order_, windows_;
   std::vector<float> scale_, x_, bias_, gate_;
   std::vector<int8_t> modality_;
   std::vector<std::vector<uint8_t>> payloads_;
@@ -132,7 +131,7 @@ void RunOnThreads(void*, int64_t count, ParallelFor::Task task, void* body) {
 
 void TestLayers(Isa isa, Report& report) {
   std::mt19937 random(4);
-  const ParallelFor serial(RunSerially, nullptr), threaded(RunOnThreads, nullptr);
+  const ParallelFor serial(RunSerially, nullptr, 1), threaded(RunOnThreads, nullptr, kThreads);
   std::vector<Isa> isas;
   for (const GemmKernel& kernel : AllKernels()) {
     if (kernel.isa <= isa && (isas.empty() || isas.back() != kernel.isa))

@@ -1,11 +1,13 @@
 // Row and term kernels: the scalar ones against plain loops of docs/ops.md, the others against the
 // scalar ones, to the bit; the Kronecker product against sums in double.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "gemm/table.h"
 #include "pack/layout.h"
+#include "quantize/kronecker.h"
 #include "quantize/table.h"
 #include "tests.h"
 
@@ -72,6 +74,47 @@ void TestRow(const RowKernels& kernels, int64_t width, bool finite, std::mt19937
   }
 }
 
+enum Order { kNone, kAscending, kShuffled, kOrders };
+
+// Ascending: with gaps, whose channels come last, as an export splits outliers off.
+std::vector<int32_t> DrawOrder(Order kind, int64_t channels, std::mt19937& random) {
+  std::vector<int32_t> order, last;
+  if (kind == kNone) return order;
+  for (int64_t i = 0; i < channels; ++i) {
+    (Draw(random, 0, 19) == 0 ? last : order).push_back(static_cast<int32_t>(i));
+  }
+  order.insert(order.end(), last.begin(), last.end());
+  if (kind == kShuffled) std::shuffle(order.begin(), order.end(), random);
+  return order;
+}
+
+void TestGather(const RowKernels& kernels, int64_t channels, Order kind, bool scaled,
+                std::mt19937& random, Report& report) {
+  const std::vector<int32_t> order = DrawOrder(kind, channels, random);
+  const std::vector<int32_t> windows = GatherWindows(order.data(), kind == kNone ? 0 : channels);
+  GuardedArray<float> x(channels), scale(channels);
+  for (int64_t i = 0; i < channels; ++i) {
+    x[i] = DrawValue(random, true);
+    scale[i] = DrawValue(random, true);
+  }
+  const ChannelGather gather{channels, kind == kNone ? nullptr : order.data(),
+                             scaled ? scale.data() : nullptr, windows.data()};
+  for (const int64_t begin : {int64_t{0}, channels / 3, channels - 1}) {
+    const int64_t count = begin == 0 ? channels : (channels - begin + 1) / 2;
+    GuardedArray<float> out(count);
+    kernels.gather(gather, x.data(), begin, count, out.data());
+    bool good = out.Intact() && x.Intact() && scale.Intact();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t channel = begin + i;
+      const float value = x[kind == kNone ? channel : order[static_cast<size_t>(channel)]];
+      const float want = scaled ? value * scale[channel] : value;
+      good = good && SameBits(&out[i], &want, 1);
+    }
+    report.Check(good, "%s: %d of %d channels, order %d", kernels.name, static_cast<int>(count),
+                 static_cast<int>(channels), kind);
+  }
+}
+
 // One element of g P and the sum of its magnitudes, in double.
 struct Element {
   double value = 0.0, magnitude = 0.0;
@@ -92,7 +135,7 @@ Element PlainKronecker(const KroneckerFactors& factors, const float* g, int64_t 
 
 void TestKronecker(const RowKernels& kernels, int64_t a, int64_t b, bool whole,
                    std::mt19937& random, Report& report) {
-  GuardedArray<float> g(a * b), p1(a * a), p2(b * b), work(a * b), out(a * b);
+  GuardedArray<float> g(a * b), p1(a * a), p2(b * b), work(2 * a * b), out(a * b);
   const auto fill = [&](GuardedArray<float>& array, int64_t count, int limit) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = static_cast<float>(Draw(random, -limit, limit));
@@ -103,7 +146,10 @@ void TestKronecker(const RowKernels& kernels, int64_t a, int64_t b, bool whole,
   fill(p1, a * a, 2);
   fill(p2, b * b, 2);
   const KroneckerFactors factors{p1.data(), p2.data(), a, b};
-  kernels.apply_kronecker(factors, g.data(), work.data(), out.data());
+  const ChannelGather gather{a * b, nullptr, nullptr, nullptr};
+  const auto* memory = reinterpret_cast<const char*>(p1.data());
+  ReadAhead ahead{memory, memory + 1, memory, memory + a * a};
+  ApplyKronecker(kernels, factors, {gather, g.data(), 0}, &ahead, work.data(), out.data());
   bool good = work.Intact() && out.Intact() && g.Intact() && p1.Intact() && p2.Intact();
   for (int64_t i = 0; i < a * b; ++i) {
     const Element element = PlainKronecker(factors, g.data(), i / b, i % b);
@@ -171,8 +217,14 @@ void TestRows(Isa isa, Report& report) {
       TestRow(kernels, width, true, random, report);
       TestRow(kernels, width, false, random, report);
     }
-    for (const int64_t a : {1, 2, 3, 4, 5, 7, 8, 16}) {
-      for (const int64_t b : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 20, 28, 33}) {
+    for (const int64_t channels : {1, 15, 16, 17, 31, 32, 33, 64, 100, 517}) {
+      for (int kind = 0; kind < kOrders; ++kind) {
+        TestGather(kernels, channels, static_cast<Order>(kind), true, random, report);
+        TestGather(kernels, channels, static_cast<Order>(kind), false, random, report);
+      }
+    }
+    for (const int64_t a : {1, 2, 3, 4, 5, 7, 8, 16, 19, 35}) {
+      for (const int64_t b : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 20, 28, 33, 47, 62}) {
         TestKronecker(kernels, a, b, true, random, report);
         TestKronecker(kernels, a, b, false, random, report);
       }

@@ -1,10 +1,10 @@
 // Reads: row-major float matrices of any size. Tile: 4 rows x 16 columns, smaller at the edges.
 // Features: NEON.
 // Exactness: float; whole numbers that stay below 2^24 are exact.
-// Idea: quantize/kronecker.h.
+// Idea: quantize/matrix_product.h.
 #include <arm_neon.h>
 
-#include "quantize/kronecker.h"
+#include "quantize/matrix_product.h"
 #include "quantize/neon.h"
 
 namespace splitq {
@@ -24,8 +24,6 @@ struct Four {
 
 }  // namespace
 
-void ApplyKroneckerNeon(const KroneckerFactors& factors, const float* g, float* work, float* out) {
-  ApplyKronecker<Four, One>(factors, g, work, out);
-}
+void MultiplyNeon(const MatrixProduct& product) { Multiply<Four, One>(product); }
 
 }  // namespace splitq

@@ -1,5 +1,5 @@
-// Both products run as rows of the second factor times a scalar, added to a row of the result: the
-// innermost loop is over contiguous floats, so any vector width serves, and nothing is transposed.
+// Rows of the right matrix times a scalar, added to a row of the result: the innermost loop is over
+// contiguous floats, so any vector width serves, and nothing is transposed.
 #include <algorithm>
 
 #include "quantize/scalar.h"
@@ -35,14 +35,10 @@ void CombineRows(const float* left, int64_t left_stride, int64_t count, const fl
 
 }  // namespace
 
-void ApplyKroneckerScalar(const KroneckerFactors& factors, const float* g, float* work,
-                          float* out) {
-  const int64_t a = factors.a, b = factors.b;
-  for (int64_t i = 0; i < a; ++i) {  // work = g P2, [a, b]
-    CombineRows(g + i * b, 1, b, factors.p2, b, work + i * b);
-  }
-  for (int64_t i = 0; i < a; ++i) {  // out = P1^T work, [a, b]
-    CombineRows(factors.p1 + i, a, a, work, b, out + i * b);
+void MultiplyScalar(const MatrixProduct& p) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    CombineRows(p.left + i * p.row_step, p.k_step, p.depth, p.right, p.columns,
+                p.out + i * p.columns);
   }
 }
 

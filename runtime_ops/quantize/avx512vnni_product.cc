@@ -1,7 +1,7 @@
 // Reads: row-major float matrices of any size. Tile: 8 rows x 32 columns, smaller at the edges.
 // Features: AVX-512 F.
 // Exactness: the bits of the AVX2 form.
-// Idea: quantize/kronecker.h.
+// Idea: quantize/matrix_product.h.
 #include "quantize/avx2_vectors.h"
 #include "quantize/avx512vnni.h"
 
@@ -22,9 +22,8 @@ struct Sixteen {
 
 }  // namespace
 
-void ApplyKroneckerAvx512Vnni(const KroneckerFactors& factors, const float* g, float* work,
-                              float* out) {
-  ApplyKronecker<Sixteen, Eight, Four, One>(factors, g, work, out);
+void MultiplyAvx512Vnni(const MatrixProduct& product) {
+  Multiply<Sixteen, Eight, Four, One>(product);
 }
 
 }  // namespace splitq

@@ -1,0 +1,19 @@
+#include "quantize/gather.h"
+
+#include <algorithm>
+
+namespace splitq {
+
+std::vector<int32_t> GatherWindows(const int32_t* order, int64_t channels) {
+  std::vector<int32_t> windows;
+  const int64_t last = channels - kGatherWindow;  // where a window may begin at the latest
+  for (int64_t i = 0; i + kGatherBlock <= channels; i += kGatherBlock) {
+    const auto ends = std::minmax_element(order + i, order + i + kGatherBlock);
+    const int64_t first = std::min<int64_t>(*ends.first, last);
+    const bool fits = first >= 0 && *ends.second < first + kGatherWindow;
+    windows.push_back(fits ? static_cast<int32_t>(first) : -1);
+  }
+  return windows;
+}
+
+}  // namespace splitq
