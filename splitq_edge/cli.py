@@ -162,7 +162,10 @@ def _message(error: Exception) -> str:
 @click.option("--dry-run", is_flag=True, help="Print time, size and effective bits to expect; reads no weights.")
 @_reports_errors
 def export(out: Path, **options: Any) -> None:
-    """Calibrate and quantize MODEL (folder or hub id), write ONNX graphs to the folder OUT and verify them."""
+    """Calibrate and quantize MODEL (folder or hub id), write ONNX graphs to the folder OUT and verify them.
+
+    MODEL is a LLaVA 1.5, SmolVLM or Idefics3; other families can be calibrated as far as --stop-after goes.
+    """
     from splitq_edge.commands.console import make_console
     from splitq_edge.commands.export import ExportOptions, run_export
 

@@ -105,6 +105,19 @@ def test_rows_of_packed_patches_are_seen_too(tmp_path: Path) -> None:
     assert {site.vision_tokens for site in stats.values()} == {2 * patches}
 
 
+def test_rows_of_tiles_belong_to_the_sample_that_they_came_with(tmp_path: Path) -> None:
+    loaded, both = loaded_family("smolvlm"), tiny_inputs("smolvlm")
+    samples = [
+        {name: value[tiles] if name == "pixel_values" else value[i : i + 1] for name, value in both.items()}
+        for i, tiles in enumerate((slice(0, 3), slice(3, 4)))
+    ]
+    alone = [vision_stats(loaded, [sample], 1, tmp_path / str(i)) for i, sample in enumerate(samples)]
+    stats = vision_stats(loaded, samples, 2, tmp_path / "both")
+    assert {site.vision_tokens for site in stats.values()} == {4 * 16}
+    for name, site in stats.items():
+        torch.testing.assert_close(site.vision_rows, torch.cat([part[name].vision_rows for part in alone]))
+
+
 def test_a_width_without_near_equal_factors_stays_untransformed() -> None:
     assert extra_config(EVERYTHING, "vision", 64).transform == "hadamard"
     odd = extra_config(EVERYTHING, "vision", 122)  # 2 x 61

@@ -20,6 +20,7 @@ from splitq_edge.errors import SplitQError
 from splitq_edge.loading import LoadedModel, load_model
 
 FAMILIES = sorted(TINY_CONFIGS)
+TIED = [("llama", True), ("llava", False), ("qwen2_5_vl", True), ("smolvlm", True)]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_outside_blocks_gives_the_weights_up_after_an_error(checkpoint: Path) ->
     assert_no_weight(loaded)
 
 
-@pytest.mark.parametrize(("name", "tied"), [("llama", True), ("llava", False), ("qwen2_5_vl", True)])
+@pytest.mark.parametrize(("name", "tied"), TIED)
 def test_tied_weights_are_one_tensor_outside_the_blocks(checkpoints: dict[str, Path], name: str, tied: bool) -> None:
     loaded = load_model(str(checkpoints[name]), lazy=True)
     with loaded.outside_blocks():
@@ -240,7 +241,26 @@ def test_export_refuses_a_family_whose_graphs_it_cannot_write(checkpoints: dict[
 
     with pytest.raises(SplitQError, match=f"got model type '{name}'"):
         check_exportable(load_model(str(checkpoints[name]), lazy=True))
-    assert check_exportable(load_model(str(checkpoints["llava"]), lazy=True)) == IMAGE_TOKEN_ID
+    for exported in ("idefics3", "llava", "smolvlm"):
+        assert check_exportable(load_model(str(checkpoints[exported]), lazy=True)) == IMAGE_TOKEN_ID
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "problem"),
+    [
+        ("processor_config.json", {"image_seq_len": 169}, "image_seq_len 4, as config.json wants it, got 169"),
+        ("preprocessor_config.json", {"max_image_size": {"longest_edge": 48}}, "longest_edge 32, .* got 48"),
+        ("config.json", {"image_token_id": 4}, "image token id 4, .* got 3"),
+    ],
+)
+def test_a_processor_that_cuts_other_tiles_than_the_model_takes_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, file: str, changed: dict[str, Any], problem: str
+) -> None:
+    folder = shutil.copytree(checkpoints["smolvlm"], tmp_path / "copy")
+    settings = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).write_text(json.dumps(settings | changed), encoding="utf-8")
+    with pytest.raises(SplitQError, match=f"expected a processor with .*{problem}; mend the processor's files"):
+        load_model(str(folder), lazy=True)
 
 
 def shard_with(folder: Path, key: str) -> Path:
