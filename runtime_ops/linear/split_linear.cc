@@ -13,8 +13,8 @@
 namespace splitq {
 namespace {
 
-// Rows of a task of the first pass: small, to give every thread some of a short prompt.
-constexpr int64_t kPrepareRows = 16;
+// Rows of a task of the first pass: few, to give every thread some of a short prompt.
+constexpr int64_t PrepareRows(int64_t rows) { return rows <= 32 ? 8 : 16; }
 
 // Below this many units (a multiplication of a code, unpacking it counted as eight) one thread is
 // done before another has woken up.
@@ -46,7 +46,7 @@ Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
       buffers.mac_index = scratch.Take<int64_t>(rows);
     }
   }
-  buffers.floats = scratch.Take<float>(CeilDiv(rows, kPrepareRows) * buffers.task_floats);
+  buffers.floats = scratch.Take<float>(CeilDiv(rows, PrepareRows(rows)) * buffers.task_floats);
   return buffers;
 }
 
@@ -97,8 +97,8 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
 
 void PrepareTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
                  int64_t tile) {
-  const int64_t first = tile * kPrepareRows;
-  const int64_t count = std::min(data.rows - first, kPrepareRows);
+  const int64_t first = tile * PrepareRows(data.rows);
+  const int64_t count = std::min(data.rows - first, PrepareRows(data.rows));
   float* floats = buffers.floats + tile * buffers.task_floats;
   const MacRows mac = PrepareCodes(layer, data, buffers, first, count, floats);
   if (!layer.corrected) return;
@@ -173,7 +173,7 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
   const Buffers buffers = TakeBuffers(layer, data.rows, scratch);
   const int64_t weight_codes = layer.activation.gather.channels * layer.channels_out();
   const bool serial = weight_codes < kSerialWork / (data.rows + kUnpackWork);
-  parallel(CeilDiv(data.rows, kPrepareRows), serial,
+  parallel(CeilDiv(data.rows, PrepareRows(data.rows)), serial,
            [&](int64_t tile) { PrepareTile(layer, data, buffers, tile); });
   PanelQueue queue(data.rows, layer.weights[kMain].panels(), serial ? 1 : parallel.threads());
   parallel(queue.tiles(), serial, [&](int64_t) {
