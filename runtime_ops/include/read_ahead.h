@@ -5,13 +5,13 @@
 
 namespace splitq {
 
-struct ReadAhead {
-  static constexpr int64_t kLine = 64;  // bytes that are asked for at once
+struct MemoryRange {
+  const void* data;
+  int64_t bytes;
+};
 
-  const char* next = nullptr;
-  const char* end = nullptr;
-  const char* then = nullptr;  // what follows
-  const char* then_end = nullptr;
+struct ReadAhead {
+  MemoryRange now, then;
 };
 
 }  // namespace splitq

@@ -50,17 +50,21 @@ Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
   return buffers;
 }
 
-// What is read first once the codes exist, in the order in which it is.
-ReadAhead ReadAheadOf(const SplitLinear& layer) {
-  constexpr int64_t kMost = int64_t{256} << 10;  // of the main weight: less than the L2 cache holds
-  const PackedWeight& main = layer.weights[kMain];
-  const auto* begin = reinterpret_cast<const char*>(main.payload);
-  const ReadAhead ahead{begin, begin + std::min(main.panels() * main.panel_bytes(), kMost), nullptr,
-                        nullptr};
-  if (!layer.corrected) return ahead;
-  const PackedWeight& u = layer.correction.u;
-  const auto* begin_u = reinterpret_cast<const char*>(u.payload);
-  return {begin_u, begin_u + u.panels() * u.panel_bytes(), ahead.next, ahead.end};
+MemoryRange RangeOf(const PackedWeight& weight) {
+  return {weight.payload, weight.panels() * weight.panel_bytes()};
+}
+
+// What is read next after row m: the row behind it, or else the weights that come first.
+ReadAhead ReadAheadOf(const SplitLinear& layer, const SplitLinearRows& data, int64_t m) {
+  constexpr int64_t kMost = int64_t{256} << 10;  // bytes: less than the L2 cache holds
+  if (m + 1 < data.rows) {
+    const int64_t channels = layer.activation.gather.channels;
+    const auto row_bytes = channels * static_cast<int64_t>(sizeof(float));
+    return {{data.x + (m + 1) * channels, row_bytes}, {}};
+  }
+  MemoryRange main = RangeOf(layer.weights[kMain]);
+  main.bytes = std::min(main.bytes, kMost);
+  return layer.corrected ? ReadAhead{RangeOf(layer.correction.u), main} : ReadAhead{main, {}};
 }
 
 // Codes of rows [first, first + count); residual codes only of the rows that take MAC, gathered at
@@ -71,7 +75,6 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
   const bool has_mac = buffers.mac_index != nullptr;
   int64_t* index = has_mac ? buffers.mac_index + first : nullptr;
   MacRows mac{has_mac ? buffers.residual.from(first) : CodeRows{}, index, 0};
-  ReadAhead ahead = first == 0 ? ReadAheadOf(layer) : ReadAhead{};
   for (int64_t m = first; m < first + count; ++m) {
     RowTarget target;
     for (int g = 0; g < kGroups; ++g) {
@@ -83,6 +86,7 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
       target.residual = mac.residual.row(mac.count);
       target.residual_scale = mac.residual.scale + mac.count;
     }
+    ReadAhead ahead = ReadAheadOf(layer, data, m);
     QuantizeRow(plan, data.x + m * plan.gather.channels, &ahead, floats, target);
     for (int g = 0; g < kGroups; ++g) {
       if (plan.groups[g].width > 0) FinishRow(*plan.kernels, buffers.codes[g], m);

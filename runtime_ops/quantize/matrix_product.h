@@ -32,11 +32,13 @@ struct One {
   }
 };
 
-// A line at each call, until all are asked for.
-SPLITQ_INLINE void Step(ReadAhead& ahead) {
-  if (ahead.next >= ahead.end) return;
-  __builtin_prefetch(ahead.next);
-  ahead.next += ReadAhead::kLine;
+// Asks for a cache line at each call, until all were.
+SPLITQ_INLINE void Step(MemoryRange& range) {
+  constexpr int64_t kLine = 64;
+  if (range.bytes <= 0) return;
+  __builtin_prefetch(range.data);
+  range.data = static_cast<const char*>(range.data) + kLine;
+  range.bytes -= kLine;
 }
 
 // Rows i .. i + rows, `vectors` registers of columns from column j on.
@@ -48,8 +50,8 @@ SPLITQ_INLINE void ProductTile(const MatrixProduct& p, int64_t i, int64_t j) {
   }
   const float* left = p.left + i * p.row_step;
   const float* right = p.right + j;
-  ReadAhead ahead;
-  if (p.ahead != nullptr) ahead = *p.ahead;
+  MemoryRange ahead = {};
+  if (p.ahead != nullptr) ahead = p.ahead->now;
   for (int64_t k = 0; k < p.depth; ++k, left += p.k_step, right += p.columns) {
     Step(ahead);
     typename V::Register values[vectors];
@@ -62,8 +64,11 @@ SPLITQ_INLINE void ProductTile(const MatrixProduct& p, int64_t i, int64_t j) {
     }
   }
   if (p.ahead != nullptr) {
-    if (ahead.next >= ahead.end) ahead = {ahead.then, ahead.then_end, nullptr, nullptr};
-    *p.ahead = ahead;
+    if (ahead.bytes > 0) {
+      p.ahead->now = ahead;
+    } else {
+      *p.ahead = {p.ahead->then, {}};
+    }
   }
   float* out = p.out + i * p.columns + j;
   for (int r = 0; r < rows; ++r) {
