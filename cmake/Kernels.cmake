@@ -51,6 +51,7 @@ function(splitq_add_kernels name)
     gemm/table.cc
     pack/checksum.cc
     pack/pack.cc
+    pack/shared_payload.cc
     quantize/gather.cc
     quantize/kronecker.cc
     quantize/rows.cc

@@ -2,6 +2,8 @@
 
 #include <cstring>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/features.h"
 #include "gemm/table.h"
@@ -109,17 +111,18 @@ void WeightInput::ReadPortable(const Node& node, const std::string& name, const 
                   ", or packed in UINT8",
               ToString(codes.type) + " " + ToString(codes.shape), kExportAgain);
   }
-  packed_.resize(static_cast<size_t>(PayloadBytes(spec.channels_in, spec.channels_out, spec.bits)));
+  std::vector<uint8_t> packed(
+      static_cast<size_t>(PayloadBytes(spec.channels_in, spec.channels_out, spec.bits)));
   const PortableCodes portable{codes.as<uint8_t>(), spec.bits != 8};
-  const int64_t bad =
-      Pack(portable, spec.channels_in, spec.channels_out, spec.bits, packed_.data());
+  const int64_t bad = Pack(portable, spec.channels_in, spec.channels_out, spec.bits, packed.data());
   if (bad >= 0) {
     node.Fail(name + " with codes of " + std::to_string(spec.bits) + " bits",
               std::to_string(portable.At(bad)) + " at " +
                   ToString({bad / spec.channels_out, bad % spec.channels_out}),
               kExportAgain);
   }
-  weight_.payload = packed_.data();
+  packed_ = Share(std::move(packed));
+  weight_.payload = packed_->data();
 }
 
 // Used where they lie if they are aligned, as exporters do; a mapped file need not do so.

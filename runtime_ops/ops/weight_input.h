@@ -6,6 +6,7 @@
 
 #include "linear/weight.h"
 #include "ops/node.h"
+#include "pack/shared_payload.h"
 
 namespace splitq::ops {
 
@@ -23,7 +24,8 @@ inline constexpr int64_t kMaxChannelsOut = int64_t{1} << 31;
 // All weights of a node have one form; it is settled by the first that is read.
 enum class WeightForm { kUnknown, kPortable, kPacked };
 
-// Packed codes are used where they lie; portable ones are packed into memory of this object.
+// Packed codes are used where they lie; portable ones are packed into memory that equal weights of
+// other sessions share.
 class WeightInput {
  public:
   // input: index of the codes; the scales follow.
@@ -39,7 +41,7 @@ class WeightInput {
   void ReadScale(const Node& node, size_t input, const WeightSpec& spec);
 
   PackedWeight weight_;
-  std::vector<uint8_t> packed_;
+  SharedPayload packed_;
   std::vector<float> scale_;
 };
 

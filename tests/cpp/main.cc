@@ -17,6 +17,7 @@ int main(int count, char** arguments) {
     test::TestRows(choice.isa, report);
     test::TestTerms(choice.isa, report);
     test::TestLayers(choice.isa, report);
+    test::TestPayloads(report);
   }
   std::printf("isa %s: %lld checks, %lld failures\n", emulated ? "emulated" : IsaName(choice.isa),
               static_cast<long long>(report.checks()), static_cast<long long>(report.failures()));

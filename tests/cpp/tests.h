@@ -13,6 +13,9 @@ void TestRows(Isa isa, Report& report);
 void TestTerms(Isa isa, Report& report);
 void TestLayers(Isa isa, Report& report);
 
+// Of what is the same on every instruction set.
+void TestPayloads(Report& report);
+
 // The AVX-512 kernels on emulated intrinsics; empty where SIMDe is not installed.
 List<GemmKernel> EmulatedKernels();
 
