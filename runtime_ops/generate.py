@@ -10,6 +10,7 @@ import numpy as np
 
 from splitq_edge.errors import SplitQError
 from splitq_edge.runtime_ops.session import Cache, ExportedModel
+from splitq_edge.tiles import image_tiles
 
 
 def greedy_tokens(
@@ -68,6 +69,8 @@ class Generator:
     def prepare(self, messages: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         """Model inputs of one chat as numpy arrays (input_ids, attention_mask, pixel_values).
 
+        pixel_values come as the vision encoder takes them, [images or tiles, 3, height, width].
+
         Raises:
             SplitQError: the processor refuses the chat, for example an image that cannot be read.
         """
@@ -78,7 +81,11 @@ class Generator:
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise SplitQError(f"prompt: the model's processor refused it ({reason})") from error
-        return {name: np.asarray(value) for name, value in encoded.items()}
+        inputs = {name: np.asarray(value) for name, value in encoded.items()}
+        mask = inputs.pop("pixel_attention_mask", None)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = image_tiles(inputs["pixel_values"], mask)
+        return inputs
 
     def stream(self, prompt: str, images: list[Any], *, max_new_tokens: int = 64) -> Iterator[str]:
         """Pieces of the greedy answer as they come.

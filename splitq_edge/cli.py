@@ -30,6 +30,8 @@ EXTRAS = {
     "onnx_ir": "export",
     "onnxscript": "export",
     "easy_vqa": "tasks",
+    "matplotlib": "tasks",
+    "zxcvbn": "tasks",
 }
 PATH = click.Path(path_type=Path)
 # The keys of methods.registry.METHODS; a test keeps them equal.
@@ -204,7 +206,7 @@ def run(
 
 @main.command("eval")
 @click.argument("model")
-@click.option("--task", default="easyvqa", show_default=True, help="Built-in task.")
+@click.option("--task", default="easyvqa", show_default=True, help="Built-in tasks, with commas between, or all.")
 @click.option("--backend", type=click.Choice(["torch", "ort", "ort-functions"]), default="ort", show_default=True)
 @click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the draw.")

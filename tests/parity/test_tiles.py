@@ -18,7 +18,6 @@ from families import TILE_MARKS, TILE_SIZE, TILE_TOKENS, save_checkpoint, save_p
 from PIL import Image
 
 from splitq_edge.calibration.data import encode_sample, load_samples
-from splitq_edge.commands.run import TileGenerator
 from splitq_edge.config import preset
 from splitq_edge.convert import assemble
 from splitq_edge.evaluate.backends import OrtBackend, TorchBackend, answer_all
@@ -30,7 +29,7 @@ from splitq_edge.exporters.onnx_export import trace
 from splitq_edge.exporters.parts import VisionEncoder
 from splitq_edge.loading import LoadedModel, load_model
 from splitq_edge.runtime_ops import library_path
-from splitq_edge.runtime_ops.generate import greedy_tokens
+from splitq_edge.runtime_ops.generate import Generator, greedy_tokens
 from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.runtime_ops.verify import verify_files, verify_parity
 from splitq_edge.tiles import image_tiles
@@ -346,6 +345,6 @@ def test_a_device_without_torch_answers_about_two_pictures(export: Export, tmp_p
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    generator = TileGenerator(export.engines["functions"])
+    generator = Generator(export.engines["functions"])
     pictures = [picture("wide"), picture("square")]
     assert done.stdout.strip() == generator.answer("what?", pictures, max_new_tokens=STEPS) != ""

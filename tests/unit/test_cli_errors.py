@@ -244,7 +244,7 @@ def test_calibration_folder_that_is_neither_folder_nor_task(
     model: Path, out: Path, error_of: Check, nothing_written
 ) -> None:
     line = error_of("export", model, out, "--calib", "nowhere")
-    assert "expected a folder or a built-in task (easyvqa)" in line
+    assert "expected a folder or a built-in task (cifar10, counting, easyvqa," in line
     nothing_written()
 
 
@@ -514,7 +514,7 @@ def test_run_without_prompt_is_a_usage_error(exported: Path) -> None:
 
 def test_unknown_task_lists_the_known(exported: Path, error_of: Check) -> None:
     line = error_of("eval", exported, "--task", "mmmu")
-    assert "task 'mmmu': expected one of easyvqa" in line
+    assert "task 'mmmu': expected one of cifar10, counting, easyvqa," in line
 
 
 @pytest.mark.parametrize("limit", [0, -3])
