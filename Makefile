@@ -44,9 +44,9 @@ bench-kernels: $(STAMP)
 test-arm64:
 	bash tests/cpp/arm64.sh build/arm64
 
-# The kernel tests under the address, undefined-behaviour and thread sanitizers.
-test-asan:
-	bash tests/cpp/sanitize.sh build/sanitize
+# The kernel tests and two sessions used by four threads, under the address, undefined-behaviour and thread sanitizers.
+test-asan: $(STAMP)
+	bash tests/cpp/sanitize.sh build/sanitize $(BIN)/python
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check $(PY)

@@ -4,6 +4,8 @@
 #include <new>
 #include <thread>
 
+#include "ops/thread_sanitizer.h"
+
 namespace splitq::ops {
 namespace {
 
@@ -67,12 +69,16 @@ ParallelFor Call::Parallel() {
     Loop loop{task, body};
     const auto step = [](void* opaque, size_t index) {
       const Loop& loop = *static_cast<const Loop*>(opaque);
+      TakeOver(&loop);
       loop.task(loop.body, static_cast<int64_t>(index));
+      HandOver(&loop);
     };
     // As many batches as steps: with the default, one a thread, the first to be done would wait.
     const auto steps = static_cast<size_t>(count);
+    HandOver(&loop);
     call.parallel_status_ =
         call.api_.KernelContext_ParallelFor(call.context_, step, steps, steps, &loop);
+    TakeOver(&loop);
   };
   // The API does not tell how many threads the session has; it is seldom more than this.
   static const int64_t threads = std::max(1u, std::thread::hardware_concurrency());
