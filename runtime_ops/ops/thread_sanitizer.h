@@ -1,6 +1,6 @@
-// Tells ThreadSanitizer what ONNX Runtime, which is not compiled with it, orders between threads: the
-// steps of a parallel loop come after what was done before the loop, and before what is done after
-// it.
+// Tells ThreadSanitizer what ONNX Runtime, which is not compiled with it, orders between threads:
+// the steps of a parallel loop come after what was done before the loop, and before what is done
+// after it.
 #pragma once
 
 #if defined(__SANITIZE_THREAD__)
