@@ -137,7 +137,7 @@ def _message(error: Exception) -> str:
     default="easyvqa",
     show_default=True,
     metavar="DATA",
-    help="Calibration data: a folder with images and one .jsonl file of chats, or a built-in task.",
+    help="Calibration data: a folder with images and one .jsonl file of chats, or built-in tasks (a,b or all).",
 )
 @click.option("--calib-samples", default=128, show_default=True, help="Samples to calibrate with.")
 @click.option(
@@ -239,7 +239,7 @@ def _names(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
 def _table_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that `table` and `ablate` share."""
     options = (
-        click.option("--task", default="easyvqa", show_default=True, help="Built-in task, also the calibration data."),
+        click.option("--task", default="easyvqa", show_default=True, help="Built-in tasks, also the calibration data."),
         click.option("--results", type=PATH, required=True, help="JSON file of the rows; those in it are kept."),
         click.option("--redo", is_flag=True, help="Measure the rows of the file again."),
         click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all."),

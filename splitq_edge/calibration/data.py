@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from splitq_edge.errors import SplitQError
-from splitq_edge.evaluate.tasks import TASKS, load_task
+from splitq_edge.evaluate.tasks import TASKS, load_task, task_names
 from splitq_edge.tiles import model_pixels
 
 Message = dict[str, Any]
@@ -34,7 +34,8 @@ def load_samples(source: str, count: int, *, seed: int) -> list[CalibrationSampl
     """Calibration samples.
 
     Args:
-        source: name of a built-in task (its training split is used) or a folder that holds images and one `.jsonl` file
+        source: built-in tasks as `task_names` reads them (their training splits are used, each gives the same number of
+            samples) or a folder that holds images and one `.jsonl` file
             with one `{"messages": [...]}` object a line; image paths are relative to the folder.
         count: samples wanted; a folder with fewer gives all it has, and the caller reports how many were used.
         seed: of the choice of samples.
@@ -45,18 +46,36 @@ def load_samples(source: str, count: int, *, seed: int) -> list[CalibrationSampl
     if count < 1:
         raise SplitQError(f"calibration: expected at least 1 sample, got --calib-samples {count}; raise it")
     generator = torch.Generator().manual_seed(seed)
-    if source in TASKS:
-        questions = load_task(source, "train")
-        chosen = torch.randperm(len(questions), generator=generator)[:count].tolist()
-        return [_from_question(source, questions[index]) for index in chosen]
+    if _is_tasks(source):
+        samples: list[CalibrationSample] = []
+        names = task_names(source)
+        for number, name in enumerate(names):
+            questions = load_task(name, "train")
+            share = (count + len(names) - 1 - number) // len(names)
+            chosen = torch.randperm(len(questions), generator=generator)[:share].tolist()
+            samples += [_from_question(name, questions[index]) for index in chosen]
+        return [samples[index] for index in _dealt(len(samples), len(names))]
     folder = Path(source)
     if not folder.is_dir():
         raise SplitQError(
-            f"calibration data {source}: expected a folder or a built-in task ({', '.join(sorted(TASKS))}), got neither"
+            f"calibration data {source}: expected a folder or built-in tasks ({', '.join(sorted(TASKS))}, all), "
+            "got neither"
         )
     samples = _read_folder(folder)
     chosen = torch.randperm(len(samples), generator=generator)[:count].tolist()
     return [samples[index] for index in chosen]
+
+
+def _is_tasks(source: str) -> bool:
+    """Whether a source names tasks; a folder of the same name has to be written with a slash."""
+    return source == "all" or all(name.strip() in TASKS for name in source.split(","))
+
+
+def _dealt(count: int, piles: int) -> list[int]:
+    """Numbers of samples that lie task by task, dealt in turn, so that any first part holds all tasks."""
+    sizes = [(count + piles - 1 - number) // piles for number in range(piles)]
+    starts = [sum(sizes[:number]) for number in range(piles)]
+    return [starts[pile] + turn for turn in range(max(sizes)) for pile in range(piles) if turn < sizes[pile]]
 
 
 def _from_question(task: str, question: Any) -> CalibrationSample:
@@ -168,4 +187,4 @@ def _render(processor: Any, sample: CalibrationSample, messages: list[Message], 
 
 def describe_source(source: str, samples: Sequence[CalibrationSample]) -> dict[str, object]:
     """What export.json keeps of the calibration data."""
-    return {"source": source if source in TASKS else Path(source).name, "samples": len(samples)}
+    return {"source": source if _is_tasks(source) else Path(source).name, "samples": len(samples)}

@@ -1,4 +1,4 @@
-"""`splitq-edge table`: export a model with several methods and schemes, measure each on a task's held-out questions."""
+"""`splitq-edge table`: export a model with several methods and schemes, measure each on held-out questions of tasks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from splitq_edge.commands.export import ExportOptions, run_export
 from splitq_edge.config import QuantConfig, preset
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.results import Key, Results, Row, render, render_markdown
-from splitq_edge.evaluate.tasks import load_task
+from splitq_edge.evaluate.tasks import load_task, task_names
 from splitq_edge.methods.ablation import ablation_recipes
 from splitq_edge.methods.registry import method_config
 from splitq_edge.runtime_ops.session import require_native
@@ -35,7 +36,7 @@ class TableOptions:
     Attributes:
         model: folder or hub id.
         results: JSON file of the rows.
-        task: built-in task, also the calibration data.
+        task: built-in tasks as `task_names` reads them, also the calibration data.
         work: folder for the exports.
         limit: questions to ask, None for all.
         calib_samples: samples to calibrate with.
@@ -123,15 +124,18 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
     """
     require_native()
     results = Results(options.results, Path(options.model).resolve().name)
-    wanted = len(pick(load_task(options.task, "test"), options.limit, options.seed))
+    tasks = task_names(options.task)
+    wanted = {task: len(pick(load_task(task, "test"), options.limit, options.seed)) for task in tasks}
     _make_folder(options.work)
-    reference = options.work / f"{results.model}-{options.task}.reference.npz"
+    references = {task: options.work / f"{results.model}-{task}.reference.npz" for task in tasks}
     failed = 0
     if not options.redo:
-        _check_rows(options, results, {_key(row, options.task) for row in rows}, wanted)
+        for task in tasks:
+            _check_rows(options, results, {_key(row, task) for row in rows}, wanted[task])
     kept = set() if options.redo else {row.key for row in results.rows}
-    waiting = [row for row in rows if _key(row, options.task) not in kept]
-    again = [] if not waiting or reference.exists() else [row for row in rows if row.is_float and row not in waiting]
+    waiting = [row for row in rows if any(_key(row, task) not in kept for task in tasks)]
+    known = all(reference.exists() for reference in references.values())
+    again = [] if not waiting or known else [row for row in rows if row.is_float and row not in waiting]
     for wanted_row in rows:
         method, scheme = wanted_row.method, wanted_row.scheme
         label = f"{method} {scheme}"
@@ -140,19 +144,21 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
             continue
         start = time.monotonic()
         try:
-            row = _measure(options, wanted_row, reference)
+            measured = _measure(options, wanted_row, references)
         except Exception as error:  # one method's failure, of whatever kind, must not cost the other rows
             failed += 1
             logger.debug("%s", label, exc_info=True)
             line = f"error: {label}: {_reason(error)}"
             console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
             continue
-        results.put(row)
-        console.print(
-            f"{label}: accuracy {100 * row.accuracy:.2f} %, NLL {row.nll:.4g}, KL {row.kl:.3g}, "
-            f"{time.monotonic() - start:.0f} s",
-            highlight=False,
-        )
+        for row in measured:
+            results.put(row)
+            name = f"{label}, {row.task}" if len(tasks) > 1 else label
+            console.print(
+                f"{name}: accuracy {100 * row.accuracy:.2f} %, NLL {row.nll:.4g}, KL {row.kl:.3g}, "
+                f"{time.monotonic() - start:.0f} s",
+                highlight=False,
+            )
     if options.markdown:
         console.out(render_markdown(results), end="", highlight=False)
     else:
@@ -179,7 +185,7 @@ def _key(row: Measurement, task: str) -> tuple[str, str, str, str]:
     return row.method, row.scheme, BACKEND, task
 
 
-def _measure(options: TableOptions, wanted: Measurement, reference: Path) -> Row:
+def _measure(options: TableOptions, wanted: Measurement, references: dict[str, Path]) -> list[Row]:
     """Export in a folder of its own, evaluate, and delete the folder whatever happens."""
     label = re.sub(r"[^\w+-]+", "-", wanted.method)
     name = f"{Path(options.model).resolve().name}-{label}-{wanted.scheme}"
@@ -189,16 +195,18 @@ def _measure(options: TableOptions, wanted: Measurement, reference: Path) -> Row
     shutil.rmtree(folder, ignore_errors=True)  # of a table that was killed
     try:
         folder.mkdir()
-        row = _export_and_evaluate(options, wanted, folder / name, reference)
+        rows = _export_and_evaluate(options, wanted, folder / name, references)
         if options.keep:
             shutil.rmtree(options.work / name, ignore_errors=True)
             (folder / name).rename(options.work / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return row
+    return rows
 
 
-def _export_and_evaluate(options: TableOptions, wanted: Measurement, out: Path, reference: Path) -> Row:
+def _export_and_evaluate(
+    options: TableOptions, wanted: Measurement, out: Path, references: dict[str, Path]
+) -> list[Row]:
     quiet = Console(quiet=True)
     export = ExportOptions(
         model=options.model,
@@ -209,15 +217,21 @@ def _export_and_evaluate(options: TableOptions, wanted: Measurement, out: Path, 
         seed=options.seed,
     )
     calibration_s = run_export(export, quiet, wanted.config)["calibration_s"]
-    asked = EvalOptions(str(out), options.task, "ort", limit=options.limit, seed=options.seed, threads=0, json=None)
-    asked = replace(asked, save_reference=reference) if wanted.is_float else replace(asked, reference=reference)
-    result = run_eval(asked, quiet)
-    values = result["tasks"][options.task]
+    rows = []
+    for task, reference in references.items():
+        asked = EvalOptions(str(out), task, "ort", limit=options.limit, seed=options.seed, threads=0, json=None)
+        asked = replace(asked, save_reference=reference) if wanted.is_float else replace(asked, reference=reference)
+        rows.append(_row(options, wanted, task, run_eval(asked, quiet), calibration_s))
+    return rows
+
+
+def _row(options: TableOptions, wanted: Measurement, task: str, result: dict[str, Any], calibration_s: float) -> Row:
+    values = result["tasks"][task]
     return Row(
         method=wanted.method,
         scheme=wanted.scheme,
         backend=BACKEND,
-        task=options.task,
+        task=task,
         n=values["n"],
         accuracy=values["accuracy"],
         stderr=values["stderr"],

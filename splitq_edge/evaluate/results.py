@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from splitq_edge.errors import ArtifactError, SplitQError
 RESULTS_SCHEMA = 1
 Key = tuple[str, str, str, str]
 COLUMNS = ("scheme", "method", "n", "accuracy %", "NLL", "KL", "bits", "calib. s")
+AVERAGE_COLUMNS = ("scheme", "method", "accuracy %", "of float %", "bits")
 LEFT = ("scheme", "method")
 
 
@@ -134,27 +136,75 @@ def _read(path: Path, model: str) -> list[Row]:
     return rows
 
 
-def render(results: Results) -> Group:
-    """Tables for a terminal, one for each task and backend."""
-    return Group(*(_table(title, rows) for title, rows in _groups(results)))
+@dataclass(frozen=True)
+class Average:
+    """What a method keeps of the float model over several tasks, each with the same weight.
+
+    Attributes:
+        scheme, method: of the rows.
+        accuracy: mean of the tasks' accuracies.
+        stderr: its standard error.
+        retained: `accuracy` over the float model's, None without it.
+        effective_bits: of the rows.
+    """
+
+    scheme: str
+    method: str
+    accuracy: float
+    stderr: float
+    retained: float | None
+    effective_bits: float
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+def averages(rows: Sequence[Row]) -> list[Average]:
+    """Means over the tasks, of the methods that were measured on all of them; none where there is one task only."""
+    tasks = {row.task for row in rows}
+    if len(tasks) < 2:
+        return []
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        table.add_row(*_cells(row))
+        found.setdefault((row.scheme, row.method), []).append(row)
+    whole = {key: part for key, part in found.items() if {row.task for row in part} == tasks}
+    means = {key: sum(row.accuracy for row in part) / len(part) for key, part in whole.items()}
+    base = means.get(("none", "fp32"))
+    return [
+        Average(
+            *key,
+            means[key],
+            math.sqrt(sum(row.stderr**2 for row in part)) / len(part),
+            means[key] / base if base else None,
+            part[0].effective_bits,
+        )
+        for key, part in whole.items()
+    ]
+
+
+def render(results: Results) -> Group:
+    """Tables for a terminal, one for each task and backend, and one of the averages where there are several tasks."""
+    tables = [_table(title, COLUMNS, map(_cells, rows)) for title, rows in _groups(results)]
+    tables += [_table(title, AVERAGE_COLUMNS, map(_average_cells, rows)) for title, rows in _averages(results)]
+    return Group(*tables)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[list[Any]]) -> Table:
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
     return table
 
 
 def render_markdown(results: Results) -> str:
     """The same in Markdown."""
     lines: list[str] = []
-    for title, rows in _groups(results):
-        rule = ["---" if name in LEFT else "---:" for name in COLUMNS]
+    tables: list[tuple[str, Sequence[str], list[list[Any]]]] = []
+    tables += [(title, COLUMNS, list(map(_cells, rows))) for title, rows in _groups(results)]
+    tables += [(title, AVERAGE_COLUMNS, list(map(_average_cells, rows))) for title, rows in _averages(results)]
+    for title, columns, cells in tables:
+        rule = ["---" if name in LEFT else "---:" for name in columns]
         lines += ["", title, ""] if lines else [title, ""]
-        lines += [f"| {' | '.join(cells)} |" for cells in (COLUMNS, rule, *map(_cells, rows))]
+        lines += [f"| {' | '.join(line)} |" for line in (columns, rule, *cells)]
     return "\n".join(lines) + "\n"
 
 
@@ -164,6 +214,26 @@ def _groups(results: Results) -> Iterator[tuple[str, list[Row]]]:
     for task, backend in dict.fromkeys((row.task, row.backend) for row in results.rows):
         rows = [row for row in results.rows if (row.task, row.backend) == (task, backend)]
         yield f"{results.model}, {task}, {backend}", sorted(rows, key=lambda row: schemes.index(row.scheme))
+
+
+def _averages(results: Results) -> Iterator[tuple[str, list[Average]]]:
+    """Means over the tasks for each backend; rows of one scheme stand together."""
+    schemes = list(dict.fromkeys(row.scheme for row in results.rows))
+    for backend in dict.fromkeys(row.backend for row in results.rows):
+        rows = [row for row in results.rows if row.backend == backend]
+        means = sorted(averages(rows), key=lambda mean: schemes.index(mean.scheme))
+        if means:
+            yield f"{results.model}, average of {len({row.task for row in rows})} tasks, {backend}", means
+
+
+def _average_cells(mean: Average) -> list[Any]:
+    return [
+        mean.scheme,
+        mean.method,
+        f"{100 * mean.accuracy:.2f} ± {100 * mean.stderr:.2f}",
+        "" if mean.retained is None else f"{100 * mean.retained:.1f}",
+        f"{mean.effective_bits:.2f}",
+    ]
 
 
 def _cells(row: Row) -> list[Any]:

@@ -244,7 +244,7 @@ def test_calibration_folder_that_is_neither_folder_nor_task(
     model: Path, out: Path, error_of: Check, nothing_written
 ) -> None:
     line = error_of("export", model, out, "--calib", "nowhere")
-    assert "expected a folder or a built-in task (cifar10, counting, easyvqa," in line
+    assert "expected a folder or built-in tasks (cifar10, counting, easyvqa," in line
     nothing_written()
 
 

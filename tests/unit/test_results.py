@@ -12,7 +12,7 @@ from rich.console import Console
 
 from splitq_edge.errors import ArtifactError, SplitQError
 from splitq_edge.evaluate import results as results_module
-from splitq_edge.evaluate.results import RESULTS_SCHEMA, Results, Row, render, render_markdown
+from splitq_edge.evaluate.results import RESULTS_SCHEMA, Results, Row, averages, render, render_markdown
 
 
 def row(method: str = "rtn", scheme: str = "W4A8", **changes: Any) -> Row:
@@ -137,7 +137,7 @@ def test_markdown_keeps_the_rows_of_a_scheme_together(tmp_path: Path) -> None:
 def test_tables_of_other_tasks_stand_apart(tmp_path: Path) -> None:
     results = several(tmp_path)
     results.put(row("rtn", task="other"))
-    assert render_markdown(results).count("| scheme |") == 2
+    assert render_markdown(results).count("| scheme |") == 3  # with the averages
     console = Console(width=100)
     with console.capture() as capture:
         console.print(render(results))
@@ -145,6 +145,19 @@ def test_tables_of_other_tasks_stand_apart(tmp_path: Path) -> None:
     assert "tiny, easyvqa, ort-native" in printed
     assert "tiny, other, ort-native" in printed
     assert printed.count("99.89 ± 0.03") == 5
+
+
+def test_averages_hold_only_methods_measured_on_every_task() -> None:
+    float_rows = [row("fp32", "none", task=task, accuracy=value) for task, value in (("a", 1.0), ("b", 0.6))]
+    assert averages(float_rows[:1]) == []
+    quantized = [row("rtn", task="a", accuracy=0.9, stderr=0.03), row("rtn", task="b", accuracy=0.5, stderr=0.04)]
+    means = averages([*float_rows, *quantized, row("gptq", task="a")])
+    assert [(mean.method, mean.scheme) for mean in means] == [("fp32", "none"), ("rtn", "W4A8")]
+    assert means[0].accuracy == pytest.approx(0.8)
+    assert means[0].retained == 1.0
+    assert means[1].accuracy == pytest.approx(0.7)
+    assert means[1].stderr == pytest.approx(0.025)
+    assert means[1].retained == pytest.approx(0.7 / 0.8)
 
 
 def test_render_shows_every_column_in_eighty_characters(tmp_path: Path) -> None:

@@ -123,6 +123,24 @@ def test_every_method_is_measured_at_every_scheme_after_the_float_model(
     assert result.output.count("75.00 ± 1.00") == len(ALL)
 
 
+def test_several_tasks_share_one_export_a_row(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
+    result = run("--task", "ocr,counting")
+    assert result.exit_code == 0, result.output
+    assert [(row["method"], row["scheme"], row["task"]) for row in rows(tmp_path)] == [
+        (*pair, task) for pair in ALL for task in ("ocr", "counting")
+    ]
+    assert fakes.exported == ALL
+    assert {options.calib for options in fakes.options} == {"ocr,counting"}
+    assert "tiny, average of 2 tasks, ort-native" in result.output
+
+
+def test_a_row_that_lacks_a_task_is_measured_again(run: Callable[..., Result], fakes: Fakes) -> None:
+    run("--task", "ocr")
+    fakes.exported.clear()
+    assert run("--task", "ocr,counting").exit_code == 0
+    assert fakes.exported == ALL
+
+
 def test_exports_are_deleted_after_their_evaluation(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
     run()
     assert len(set(fakes.folders)) == len(ALL)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from splitq_edge.calibration.data import load_samples
 from splitq_edge.commands.evaluate import average
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate import drawing, photos, pictures, words
@@ -174,3 +175,12 @@ def test_names_of_tasks() -> None:
 def test_average_gives_every_task_the_same_weight() -> None:
     mean = average([{"accuracy": 0.5, "stderr": 0.03}, {"accuracy": 1.0, "stderr": 0.04}])
     assert mean == {"accuracy": 0.75, "stderr": pytest.approx(0.025)}
+
+
+@pytest.mark.usefixtures("data")
+def test_calibration_on_several_tasks_takes_each_in_turn() -> None:
+    samples = load_samples("ocr,counting,spatial", 8, seed=0)
+    assert [sample.origin for sample in samples] == ["ocr", "counting", "spatial"] * 2 + ["ocr", "counting"]
+    alone = load_samples("counting", 3, seed=0)
+    assert [sample.messages for sample in alone] != [sample.messages for sample in samples if sample.origin == "ocr"]
+    assert len({str(sample.messages) for sample in samples}) == 8
