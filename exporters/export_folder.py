@@ -25,14 +25,20 @@ from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
 from splitq_edge.loading import LoadedModel
+from splitq_edge.modality import VISION
 from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.kv_cache import cache_tensors
+from splitq_edge.quant.metrics import sqnr_db
 from splitq_edge.report.quality_report import REPORT_FILE, build_report
 
 FLAVOURS = ("portable", "packed")
 EXPORTED_LAYOUTS = ("images", "tiles")  # what the vision graph takes alone, see `ModelAdapter.pixel_layout`
 PARITY_FILE = "parity.npz"
 PARITY_POSITIONS = 8  # logits kept of a parity sample
+MIDDLE_TOKENS = 8  # of the parity sample between picture and text
+SENSITIVITY_NOISE = 1e-6  # relative; float32 sums in another order move activations by about as much
+SENSITIVITY_MARGIN_DB = 6.0
+LEAST_LIMIT_DB = 6.0  # a case that can be asked no more than this tells nothing
 FLOAT_LIMIT_DB = 80.0  # float32 sums in another order stay far above this
 EXTERNAL_BYTES = 1024  # larger tensors go to the .data file
 
@@ -72,7 +78,7 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
     with torch.inference_mode():
         features = _parity_vision(loaded, request, parity)
         embeds, modality = _parity_embed(loaded, request, features, parity)
-        _parity_decoder(loaded, quantized, embeds, modality, parity)
+        sensitivity = _parity_decoder(loaded, quantized, request, (embeds, modality), parity)
     parts = {
         "vision_encoder": _vision_graph(loaded, quantized, request),
         "embed_tokens": _embed_graph(loaded, features),
@@ -92,7 +98,7 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         bits = effective_bits(quantized.sites)
         report = build_report(quantized.config.to_dict(), bits, quantized.reports, quantized.extra_reports)
         write_json(folder / REPORT_FILE, report)
-    write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features))
+    write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features, sensitivity))
 
 
 def check_exportable(loaded: LoadedModel) -> int:
@@ -252,18 +258,29 @@ def _parity_embed(
 def _parity_decoder(
     loaded: LoadedModel,
     quantized: QuantizedModel | None,
-    embeds: torch.Tensor,
-    modality: torch.Tensor,
+    request: ExportRequest,
+    embedded: tuple[torch.Tensor, torch.Tensor],
     parity: dict[str, np.ndarray],
-) -> None:
-    """Prefill of all but the last token of a real conversation, then one decode step with the last one."""
+) -> dict[str, float]:
+    """Three samples of one conversation, the last two behind torch's own cache.
+
+    They are: prefill of all but the last token, a few tokens where text follows the picture, one step with the last.
+
+    Returns:
+        Of a quantized model, by sample: SQNR in dB between the logits and those of slightly other inputs.
+    """
+    embeds, modality = embedded
     cache = cache_shape(loaded, quantized)
     with_modality = quantized is not None and reads_modality(quantized)
     decoder = Decoder(loaded, with_modality=with_modality, kv_cache_bits=cache.bits)
     names, kinds = cache.names("past_key_values"), len(cache_tensors(cache.bits))
     tokens = embeds.shape[1]
-    past = cache.random(1, 0, torch.Generator())
-    for case, begin, end in (("prefill", 0, tokens - 1), ("step", tokens - 1, tokens)):
+    noise = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(request.seed)) * SENSITIVITY_NOISE
+    whole = past = cache.random(1, 0, torch.Generator())
+    sensitivity: dict[str, float] = {}
+    middle = _middle(modality)
+    for case, begin, end in (("prefill", 0, tokens - 1), ("middle", *middle), ("step", tokens - 1, tokens)):
+        past = [tuple(tensor[:, :, :begin] for tensor in layer) for layer in whole]
         inputs = {
             "inputs_embeds": embeds[:, begin:end],
             "attention_mask": torch.ones(1, end, dtype=torch.long),
@@ -274,8 +291,24 @@ def _parity_decoder(
         feeds = {**inputs, **dict(zip(names, (tensor for layer in past for tensor in layer), strict=True))}
         if with_modality:
             feeds["modality"] = mask
-        _store(parity, f"decoder/{case}", feeds, {"logits": logits[:, -PARITY_POSITIONS:]})
-        past = [tuple(present[start : start + kinds]) for start in range(0, len(present), kinds)]
+        kept = logits[:, -PARITY_POSITIONS:]
+        _store(parity, f"decoder/{case}", feeds, {"logits": kept})
+        if case == "prefill":
+            whole = [tuple(present[start : start + kinds]) for start in range(0, len(present), kinds)]
+        if quantized is not None:
+            inputs["inputs_embeds"] = inputs["inputs_embeds"] * (1 + noise[:, begin:end])
+            moved = decoder(**inputs, past=list(past), modality=mask)[0][:, -PARITY_POSITIONS:]
+            sensitivity[case] = sqnr_db(kept, moved)
+    return sensitivity
+
+
+def _middle(modality: torch.Tensor) -> tuple[int, int]:
+    """A few tokens of a prompt [1, sequence], its last one left out, with the border of picture and text inside."""
+    last = modality.shape[1] - 1
+    pictures = (modality[0] == VISION).nonzero()
+    border = int(pictures[-1]) + 1 if len(pictures) else last // 2
+    begin = max(0, min(border, last - MIDDLE_TOKENS // 2) - MIDDLE_TOKENS // 2)
+    return begin, min(begin + MIDDLE_TOKENS, last)
 
 
 def _store(
@@ -303,6 +336,7 @@ def _manifest(
     request: ExportRequest,
     folder: Path,
     features: torch.Tensor,
+    sensitivity: dict[str, float],
 ) -> dict[str, Any]:
     cache = cache_shape(loaded, quantized)
     limits = dict.fromkeys(("vision_encoder", "embed_tokens", "decoder"), FLOAT_LIMIT_DB)
@@ -327,7 +361,14 @@ def _manifest(
         "recipe": None if quantized is None else quantized.config.to_dict(),
         "calibration": request.calibration,
         "seed": request.seed,
-        "parts": {name: {"file": f"{name}.onnx", "parity_limit_db": limit} for name, limit in limits.items()},
+        "parts": {
+            name: {
+                "file": f"{name}.onnx",
+                "parity_limit_db": limit,
+                **({"parity_case_limits_db": case_limits(limit, sensitivity)} if name == "decoder" else {}),
+            }
+            for name, limit in limits.items()
+        },
         "modality_input": quantized is not None and reads_modality(quantized),
         "image_token_id": loaded.image_token_id,
         "image_tokens": features.shape[1],
@@ -363,6 +404,28 @@ def parity_limit_db(activation_bits: int) -> float:
     Without tipped codes the figure is above 100 dB.
     """
     return 3.0 * activation_bits + 6.0
+
+
+def case_limits(limit_db: float, sensitivity: dict[str, float]) -> dict[str, float | None]:
+    """What is asked of the samples that a deep model cannot hold to its part's limit.
+
+    In many layers of few bits tipped codes multiply: inputs that differ by a rounding error then give other logits. A
+    sample can be asked no more than the simulation agrees with itself, and nothing where that says nothing. The step of
+    one token, where codes hardly ever tip, is always held to the limit.
+
+    Args:
+        limit_db: of the part, see `parity_limit_db`.
+        sensitivity: by sample, the SQNR of the simulation against itself with slightly other inputs, in dB.
+
+    Returns:
+        By sample the SQNR asked, None for no limit; samples that keep the part's limit are left out.
+    """
+    found: dict[str, float | None] = {}
+    for case, itself in sensitivity.items():
+        asked = itself - SENSITIVITY_MARGIN_DB
+        if case != "step" and asked < limit_db:
+            found[case] = round(asked, 1) if asked >= LEAST_LIMIT_DB else None
+    return found
 
 
 def _end_tokens(loaded: LoadedModel) -> tuple[list[int], int]:
