@@ -8,7 +8,7 @@ SOURCES := $(shell find runtime_ops cmake -name '*.cc' -o -name '*.h' -o -name '
 PY := splitq_edge exporters runtime_ops tests models
 TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) test test-fast test-wheel test-arm64 test-asan bench-kernels lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) test test-fast test-wheel test-arm64 test-arm64-model test-asan bench-kernels lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -43,6 +43,11 @@ bench-kernels: $(STAMP)
 # The ARM64 kernels under qemu: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm64:
 	bash tests/cpp/arm64.sh build/arm64
+
+# easyvqa-tiny, exported here, answers the same tokens in ARM64's onnxruntime under qemu; needs Debian, the packages above
+# and a network.
+test-arm64-model: $(STAMP)
+	bash tests/cpp/arm64_model/run.sh build/arm64-model $(BIN)/python
 
 # The kernel tests and two sessions used by four threads, under the address, undefined-behaviour and thread sanitizers.
 test-asan: $(STAMP)

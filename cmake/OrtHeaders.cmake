@@ -77,7 +77,7 @@ function(_splitq_debian_headers cache result)
     return()
   endif()
   set(work ${CMAKE_BINARY_DIR}/ort_debian)
-  execute_process(COMMAND sh ${SPLITQ_ORT_SCRIPTS}/fetch_debian_headers.sh ${work}
+  execute_process(COMMAND sh ${SPLITQ_ORT_SCRIPTS}/fetch_debian.sh ${work} trixie amd64 libonnxruntime-dev
     RESULT_VARIABLE failed OUTPUT_VARIABLE log ERROR_VARIABLE log)
   if(failed)
     message(STATUS "ONNX Runtime headers: not from Debian\n${log}")

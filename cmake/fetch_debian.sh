@@ -1,12 +1,14 @@
 #!/bin/sh
-# Unpacks Debian trixie's libonnxruntime-dev into the folder $1. Reads the mirror from the machine's
-# own package sources and keeps apt's lists and cache in $1, so that nothing of the system changes
-# and no rights are needed.
+# Unpacks packages of a Debian release into a folder:
+#
+#   fetch_debian.sh FOLDER RELEASE ARCHITECTURE PACKAGE...
+#
+# Reads the mirror from the machine's own package sources and keeps apt's lists and cache in the
+# folder, so that nothing of the system changes and no rights are needed.
 set -eu
 
-work=$1
-suite=trixie
-package=libonnxruntime-dev
+work=$1 suite=$2 architecture=$3
+shift 3
 
 . /etc/os-release
 if [ "${ID:-}" != debian ] || [ -z "${VERSION_CODENAME:-}" ]; then
@@ -37,9 +39,10 @@ done > "$work/sources/own.list"
 apt() {
   apt-get -q -o Dir::Etc::SourceList=/dev/null -o "Dir::Etc::SourceParts=$work/sources" \
     -o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User= \
-    -o Acquire::Languages=none "$@"
+    -o Acquire::Languages=none -o "APT::Architecture=$architecture" \
+    -o "APT::Architectures=$architecture" "$@"
 }
 apt update
 cd "$work"
-apt download "$package"
-dpkg-deb -x "$package"_*.deb "$work"
+apt download "$@"
+for package in *.deb; do dpkg-deb -x "$package" "$work"; done
