@@ -11,6 +11,10 @@ void RunAvx2Bits3(const PanelProduct& product);
 void RunAvx2Bits4(const PanelProduct& product);
 void RunAvx2Bits8(const PanelProduct& product);
 
+void RunBlocksAvx2Bits2(const BlockProduct& product);
+void RunBlocksAvx2Bits3(const BlockProduct& product);
+void RunBlocksAvx2Bits4(const BlockProduct& product);
+
 void SetTermsAvx2(const PanelSums& panel, float* terms);
 void AddTermsAvx2(const PanelSums& panel, float* terms);
 void AddBlockTermsAvx2(const PanelSums& panel, float* terms);

@@ -23,9 +23,9 @@ constexpr GemmKernel kKernels[] = {
      RunBlocksAvx512VnniBits8, 16},
 #endif
 #if defined(SPLITQ_AVX2)
-    {"qd8_qc2w_4x16c4_avx2", Isa::kAvx2, 2, RunAvx2Bits2},
-    {"qd8_qc3w_4x16c4_avx2", Isa::kAvx2, 3, RunAvx2Bits3},
-    {"qd8_qc4w_4x16c4_avx2", Isa::kAvx2, 4, RunAvx2Bits4},
+    {"qd8_qc2w_4x16c4_avx2", Isa::kAvx2, 2, RunAvx2Bits2, RunBlocksAvx2Bits2, 16},
+    {"qd8_qc3w_4x16c4_avx2", Isa::kAvx2, 3, RunAvx2Bits3, RunBlocksAvx2Bits3, 32},
+    {"qd8_qc4w_4x16c4_avx2", Isa::kAvx2, 4, RunAvx2Bits4, RunBlocksAvx2Bits4, 16},
     {"qd8_qc8w_2x16c4_avx2", Isa::kAvx2, 8, RunAvx2Bits8},
 #endif
 #if defined(SPLITQ_NEON)

@@ -67,16 +67,17 @@ bool RunBlocks(const PackedWeight& weight, PanelRange panels, const CodeRows& ro
   return true;
 }
 
-void AddBlocks(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
+// Block by block, for other kernels: panel by panel, so that the weights are read as they lie.
+void AddBlocks(const PackedWeight& weight, PanelRange panel, const CodeRows& rows, int64_t count,
                float* terms) {
   SumTile sums;
-  std::fill(terms, terms + panels.count * count * kPanel, 0.0f);
+  std::fill(terms, terms + count * kPanel, 0.0f);
   int64_t block = 0;
   for (int64_t k = 0; k < weight.channels_in; k += weight.block_size, ++block) {
     const int64_t k_end = std::min(weight.channels_in - k, weight.block_size) + k;
-    Multiply(weight, panels, rows, count, {k, k_end, 1 + block}, sums);
-    const PanelScales scales(weight, weight.scale + block * weight.channels_out, panels);
-    weight.terms->add_block({sums, rows.scale, scales.values(), count, panels.count}, terms);
+    Multiply(weight, panel, rows, count, {k, k_end, 1 + block}, sums);
+    const PanelScales scales(weight, weight.scale + block * weight.channels_out, panel);
+    weight.terms->add_block({sums, rows.scale, scales.values(), count, 1}, terms);
   }
 }
 
@@ -84,7 +85,9 @@ void AddBlocks(const PackedWeight& weight, PanelRange panels, const CodeRows& ro
 void BlockTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
                 float* terms) {
   if (!RunBlocks(weight, panels, rows, count, terms)) {
-    AddBlocks(weight, panels, rows, count, terms);
+    for (int64_t p = 0; p < panels.count; ++p) {
+      AddBlocks(weight, {panels.first + p, 1}, rows, count, terms + p * count * kPanel);
+    }
   }
   for (int64_t i = 0; i < panels.count * count; ++i) {
     for (int64_t n = 0; n < kPanel; ++n) terms[i * kPanel + n] *= rows.scale[i % count];
