@@ -80,11 +80,15 @@ def main(work: Path, prose: Path | None, methods: str, schemes: str, device: str
 
 
 def recipe(method: str, scheme: str, epochs: int) -> QuantConfig:
-    """A method's recipe with another number of epochs, where it learns at all."""
+    """A method's recipe with another number of epochs, where it learns at all.
+
+    Every token here is text and has to be predicted: MAC compensates all rows, and all tokens weigh the same.
+    """
     if scheme not in PRESETS or method not in METHODS:
         raise click.BadParameter(f"expected schemes of {', '.join(PRESETS)} and methods of {', '.join(METHODS)}")
     config = method_config(method, preset(scheme))
-    return replace(config, learning=replace(config.learning, epochs=min(epochs, config.learning.epochs)))
+    learning = replace(config.learning, epochs=min(epochs, config.learning.epochs), balance="none")
+    return replace(config, learning=learning, correction=replace(config.correction, mac_rows="all"))
 
 
 def measure(
