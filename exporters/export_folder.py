@@ -276,7 +276,7 @@ def _parity_decoder(
     names, kinds = cache.names("past_key_values"), len(cache_tensors(cache.bits))
     tokens = embeds.shape[1]
     noise = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(request.seed)) * SENSITIVITY_NOISE
-    whole = past = cache.random(1, 0, torch.Generator())
+    whole = cache.random(1, 0, torch.Generator())
     sensitivity: dict[str, float] = {}
     middle = _middle(modality)
     for case, begin, end in (("prefill", 0, tokens - 1), ("middle", *middle), ("step", tokens - 1, tokens)):

@@ -53,9 +53,12 @@ PARAGRAPH = re.compile(r"<p[^>]*>(.*?)</p>", re.DOTALL)
 @click.option("--sequences", default=32, show_default=True, help="Calibration sequences, half prose and half code.")
 @click.option("--epochs", default=4, show_default=True)
 @click.option("--test-sequences", default=32, show_default=True)
+@click.option("--balance", default="none", show_default=True, help="learning.balance of the recipe.")
+@click.option("--propagate", default="float", show_default=True, help="learning.propagate of the recipe.")
+@click.option("--mac-rows", default="all", show_default=True, help="correction.mac_rows of the recipe.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-def main(work: Path, prose: Path | None, methods: str, schemes: str, device: str, **options: int) -> None:
+def main(work: Path, prose: Path | None, methods: str, schemes: str, device: str, **options: Any) -> None:
     """Fetch, calibrate, measure."""
     console = Console()
     work.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def main(work: Path, prose: Path | None, methods: str, schemes: str, device: str
     rows = [{"method": "fp32", "scheme": "none", "perplexity": float_perplexity, "ratio": 1.0, "effective_bits": 32.0}]
     for scheme in schemes.split(","):
         for method in methods.split(","):
-            config = recipe(method, scheme, options["epochs"])
+            config = recipe(method, scheme, options)
             rows.append(measure(model, config, calibration, test, console, options["seed"], device))
             rows[-1]["ratio"] = rows[-1]["perplexity"] / float_perplexity
             row = rows[-1]
@@ -79,16 +82,21 @@ def main(work: Path, prose: Path | None, methods: str, schemes: str, device: str
             (work / "results.json").write_text(json.dumps({"options": options, "rows": rows}, indent=2) + "\n")
 
 
-def recipe(method: str, scheme: str, epochs: int) -> QuantConfig:
+def recipe(method: str, scheme: str, options: dict[str, Any]) -> QuantConfig:
     """A method's recipe with another number of epochs, where it learns at all.
 
-    Every token here is text and has to be predicted: MAC compensates all rows, and all tokens weigh the same.
+    Every token here is text and has to be predicted: by default MAC compensates all rows, and all tokens weigh alike.
     """
     if scheme not in PRESETS or method not in METHODS:
         raise click.BadParameter(f"expected schemes of {', '.join(PRESETS)} and methods of {', '.join(METHODS)}")
     config = method_config(method, preset(scheme))
-    learning = replace(config.learning, epochs=min(epochs, config.learning.epochs), balance="none")
-    return replace(config, learning=learning, correction=replace(config.correction, mac_rows="all"))
+    learning = replace(
+        config.learning,
+        epochs=min(options["epochs"], config.learning.epochs),
+        balance=options["balance"],
+        propagate=options["propagate"],
+    )
+    return replace(config, learning=learning, correction=replace(config.correction, mac_rows=options["mac_rows"]))
 
 
 def measure(
@@ -134,7 +142,7 @@ def perplexity(loaded: LoadedModel, test: list[dict[str, torch.Tensor]]) -> floa
 
 
 def sequences(
-    tokenizer: Any, prose: list[str], code: list[str], options: dict[str, int]
+    tokenizer: Any, prose: list[str], code: list[str], options: dict[str, Any]
 ) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
     """Calibration and test sequences from different files; prose is the text modality, code takes the other's place."""
     chance = random.Random(options["seed"])

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -250,7 +251,7 @@ def easy_scenes() -> Pictures:
 
 
 def load_task_data(
-    task: str, tokenizer: object, *, words_count: int, scenes_count: int, workers: int
+    task: str, tokenizer: Any, *, words_count: int, scenes_count: int, workers: int
 ) -> tuple[TaskData, TaskData]:
     """Training and validation data of a task; neither holds a test picture, word or scene."""
     make = {"ocr": draw_word, "counting": draw_counting, "spatial": draw_spatial}.get(task)
@@ -265,7 +266,7 @@ def load_task_data(
     return as_tensors(kept, tokenizer), as_tensors(held_out, tokenizer)
 
 
-def as_tensors(pictures: Pictures, tokenizer: object) -> TaskData:
+def as_tensors(pictures: Pictures, tokenizer: Any) -> TaskData:
     """Tokenize the questions."""
     image, tails, starts = [], [], []
     cache: dict[Row, tuple[list[int], int]] = {}
@@ -284,18 +285,18 @@ def as_tensors(pictures: Pictures, tokenizer: object) -> TaskData:
     return TaskData(*(torch.from_numpy(array) for array in (*arrays, length, answer)))
 
 
-def prefix(tokenizer: object) -> list[int]:
+def prefix(tokenizer: Any) -> list[int]:
     """Token ids up to and with the picture's end, the same in every row."""
     text = f"<|im_start|>user\n{FAKE}{GLOBAL}{IMAGE * IMAGE_TOKENS}{FAKE}"
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def tail(tokenizer: object, question: str, answer: str) -> tuple[list[int], int]:
+def tail(tokenizer: Any, question: str, answer: str) -> tuple[list[int], int]:
     """Token ids from behind the picture to the end token, and where the answer begins among them."""
-    asked = tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)  # type: ignore[operator]
-    whole = tokenizer(  # type: ignore[operator]
-        f"{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>", add_special_tokens=False
-    )["input_ids"]
+    asked = tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+    whole = tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>", add_special_tokens=False)[
+        "input_ids"
+    ]
     start = len(asked["input_ids"])
     assert whole[:start] == asked["input_ids"], (question, answer)
     return whole, start

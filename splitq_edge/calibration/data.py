@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,15 @@ def load_samples(source: str, count: int, *, seed: int) -> list[CalibrationSampl
         raise SplitQError(f"calibration: expected at least 1 sample, got --calib-samples {count}; raise it")
     generator = torch.Generator().manual_seed(seed)
     if _is_tasks(source):
-        samples: list[CalibrationSample] = []
+        piles: list[list[CalibrationSample]] = []
         names = task_names(source)
         for number, name in enumerate(names):
             questions = load_task(name, "train")
             share = (count + len(names) - 1 - number) // len(names)
             chosen = torch.randperm(len(questions), generator=generator)[:share].tolist()
-            samples += [_from_question(name, questions[index]) for index in chosen]
-        return [samples[index] for index in _dealt(len(samples), len(names))]
+            piles.append([_from_question(name, questions[index]) for index in chosen])
+        # In turn, so that any first part holds all tasks.
+        return [sample for turn in zip_longest(*piles) for sample in turn if sample is not None]
     folder = Path(source)
     if not folder.is_dir():
         raise SplitQError(
@@ -69,13 +71,6 @@ def load_samples(source: str, count: int, *, seed: int) -> list[CalibrationSampl
 def _is_tasks(source: str) -> bool:
     """Whether a source names tasks; a folder of the same name has to be written with a slash."""
     return source == "all" or all(name.strip() in TASKS for name in source.split(","))
-
-
-def _dealt(count: int, piles: int) -> list[int]:
-    """Numbers of samples that lie task by task, dealt in turn, so that any first part holds all tasks."""
-    sizes = [(count + piles - 1 - number) // piles for number in range(piles)]
-    starts = [sum(sizes[:number]) for number in range(piles)]
-    return [starts[pile] + turn for turn in range(max(sizes)) for pile in range(piles) if turn < sizes[pile]]
 
 
 def _from_question(task: str, question: Any) -> CalibrationSample:
