@@ -268,15 +268,11 @@ def load_task_data(
 
 def as_tensors(pictures: Pictures, tokenizer: Any) -> TaskData:
     """Tokenize the questions."""
-    image, tails, starts = [], [], []
-    cache: dict[Row, tuple[list[int], int]] = {}
-    for number, rows in enumerate(pictures.rows):
-        for row in rows:
-            if row not in cache:
-                cache[row] = tail(tokenizer, *row)
-            image.append(number)
-            tails.append(cache[row][0])
-            starts.append(cache[row][1])
+    kinds = sorted({row for rows in pictures.rows for row in rows})
+    known = dict(zip(kinds, tails_of(tokenizer, kinds), strict=True))
+    image = [number for number, rows in enumerate(pictures.rows) for _ in rows]
+    tails = [known[row][0] for rows in pictures.rows for row in rows]
+    starts = [known[row][1] for rows in pictures.rows for row in rows]
     ids = np.zeros((len(tails), max(map(len, tails))), np.int64)
     for index, tokens in enumerate(tails):
         ids[index, : len(tokens)] = tokens
@@ -291,12 +287,11 @@ def prefix(tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def tail(tokenizer: Any, question: str, answer: str) -> tuple[list[int], int]:
-    """Token ids from behind the picture to the end token, and where the answer begins among them."""
-    asked = tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
-    whole = tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>", add_special_tokens=False)[
-        "input_ids"
-    ]
-    start = len(asked["input_ids"])
-    assert whole[:start] == asked["input_ids"], (question, answer)
-    return whole, start
+def tails_of(tokenizer: Any, rows: Sequence[Row]) -> list[tuple[list[int], int]]:
+    """Of every row: token ids from behind the picture to the end token, and where the answer begins among them."""
+    asked = [f"{question}<|im_end|>\n<|im_start|>assistant\n" for question, _ in rows]
+    whole = [f"{text}{answer}<|im_end|>" for text, (_, answer) in zip(asked, rows, strict=True)]
+    before, ids = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (asked, whole))
+    for row, first, both in zip(rows, before, ids, strict=True):
+        assert both[: len(first)] == first, row
+    return [(both, len(first)) for first, both in zip(before, ids, strict=True)]

@@ -47,8 +47,8 @@ from torch.nn import functional
 HERE = Path(__file__).resolve().parent
 # Shares of a batch and strength of the picture's variation: shift and scale (shares of the side), mirrored or not.
 SHARES = {
-    "vision": {"easyvqa": 0.03, "ocr": 0.45, "counting": 0.15, "spatial": 0.09, "fashion": 0.08, "cifar10": 0.20},
-    "answers": {"easyvqa": 0.06, "ocr": 0.46, "counting": 0.16, "spatial": 0.12, "fashion": 0.07, "cifar10": 0.13},
+    "vision": {"easyvqa": 0.02, "ocr": 0.50, "counting": 0.14, "spatial": 0.12, "fashion": 0.06, "cifar10": 0.16},
+    "answers": {"easyvqa": 0.05, "ocr": 0.46, "counting": 0.17, "spatial": 0.15, "fashion": 0.06, "cifar10": 0.11},
 }
 VARIATION = {
     "easyvqa": (0.05, 0.10, False),
@@ -194,6 +194,9 @@ class Trainer:
 
         contrast = 1 + 0.2 * chance(count, 1, 1, 1)
         x = x * contrast + 0.1 * chance(count, 1, 1, 1)
+        if task == "ocr":  # any colours do: mix the channels, and turn half of the pictures to negatives
+            order = torch.rand(count, 3, generator=self.generator, device=self.device).argsort(1)
+            x = x.gather(1, order[..., None, None].expand_as(x)) * torch.where(chance(count, 1, 1, 1) > 0, 1.0, -1.0)
         shift, scale, mirrored = VARIATION[task]
         if not shift:
             return x
