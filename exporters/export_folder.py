@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from splitq_edge import __version__
 from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_json
@@ -22,6 +24,10 @@ from splitq_edge.exporters.onnx_export import check_axes, trace
 from splitq_edge.exporters.parts import CacheShape, Decoder, EmbedTokens, VisionEncoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
 from splitq_edge.exporters.passes.expand_sites import expand_sites
+from splitq_edge.exporters.passes.fuse_attention import fuse_attention
+from splitq_edge.exporters.passes.fuse_norm import fuse_norms
+from splitq_edge.exporters.passes.pack_attention import pack_attention
+from splitq_edge.exporters.passes.trim_logits import trim_logits
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
 from splitq_edge.loading import LoadedModel
@@ -30,6 +36,8 @@ from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.kv_cache import cache_tensors
 from splitq_edge.quant.metrics import sqnr_db
 from splitq_edge.report.quality_report import REPORT_FILE, build_report
+
+logger = logging.getLogger(__name__)
 
 FLAVOURS = ("portable", "packed")
 EXPORTED_LAYOUTS = ("images", "tiles")  # what the vision graph takes alone, see `ModelAdapter.pixel_layout`
@@ -53,12 +61,15 @@ class ExportRequest:
             and parity.
         calibration: what export.json says of the calibration data, None for a float export.
         seed: seed of the run, for export.json.
+        attention: "fused" (one `com.microsoft::GroupQueryAttention` a layer, where the model allows it) or "standard"
+            (ops of the ONNX standard alone).
     """
 
     flavour: str
     sample: dict[str, torch.Tensor]
     calibration: dict[str, object] | None
     seed: int
+    attention: str = "fused"
 
 
 def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest, folder: Path) -> None:
@@ -84,6 +95,7 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         "embed_tokens": _embed_graph(loaded, features),
         "decoder": _decoder_graph(loaded, quantized, request, embeds.shape[-1]),
     }
+    attention = parts["decoder"].metadata_props.get("splitq.attention", "standard")
     for name, model in parts.items():
         _describe(model, name, quantized, request)
         ir.save(
@@ -98,7 +110,7 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         bits = effective_bits(quantized.sites)
         report = build_report(quantized.config.to_dict(), bits, quantized.reports, quantized.extra_reports)
         write_json(folder / REPORT_FILE, report)
-    write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features, sensitivity))
+    write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features, sensitivity, attention))
 
 
 def check_exportable(loaded: LoadedModel) -> int:
@@ -193,17 +205,33 @@ def _decoder_graph(
         dynamic["modality"] = axes["modality"] = step
 
     def traced() -> ir.Model:
-        return trace(
+        model = trace(
             Decoder(loaded, with_modality=with_modality, kv_cache_bits=cache.bits),
             inputs,
             input_names=list(axes),
             output_names=["logits", *cache.names("present")],
             dynamic=dynamic,
         )
+        trim_logits(model)
+        return model if request.attention == "standard" else _fused(loaded, model)
 
     sites = {} if quantized is None else quantized.sites | quantized.extras.get("lm_head", {})
     model = _with_sites(traced, quantized, sites, request)
+    pack_attention(model)
+    RemoveUnusedNodesPass()(model)
     check_axes(model, axes)
+    return model
+
+
+def _fused(loaded: LoadedModel, model: ir.Model) -> ir.Model:
+    """The decoder with fused nodes in place of what ONNX Runtime would run as many; as it is where it does not fit."""
+    max_positions = int(loaded.model.config.get_text_config().max_position_embeddings)
+    reason = fuse_attention(model, max_positions=max_positions)
+    if reason is not None:
+        logger.warning("decoder: attention stays in standard ops: %s", reason)
+        return model
+    fuse_norms(model)
+    model.metadata_props["splitq.attention"] = "fused"
     return model
 
 
@@ -337,6 +365,7 @@ def _manifest(
     folder: Path,
     features: torch.Tensor,
     sensitivity: dict[str, float],
+    attention: str,
 ) -> dict[str, Any]:
     cache = cache_shape(loaded, quantized)
     limits = dict.fromkeys(("vision_encoder", "embed_tokens", "decoder"), FLOAT_LIMIT_DB)
@@ -369,6 +398,8 @@ def _manifest(
             }
             for name, limit in limits.items()
         },
+        "attention": attention,
+        "logits_to_keep": True,
         "modality_input": quantized is not None and reads_modality(quantized),
         "image_token_id": loaded.image_token_id,
         "image_tokens": features.shape[1],

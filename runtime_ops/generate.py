@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from splitq_edge.errors import SplitQError
-from splitq_edge.runtime_ops.session import Cache, ExportedModel
+from splitq_edge.runtime_ops.cache import Cache
+from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.tiles import image_tiles
 
 
@@ -39,11 +40,12 @@ def greedy_tokens(
     eos, pad = np.array(model.manifest["eos_token_ids"]), model.manifest["pad_token_id"]
     embeds, modality = model.embed(input_ids, image_features)
     mask = attention_mask.astype(np.int64)
-    cache = model.empty_cache(input_ids.shape[0]) if cache is None else cache
+    if cache is None:
+        cache = model.empty_cache(input_ids.shape[0], room=input_ids.shape[1] + max_new_tokens)
     done = np.zeros(input_ids.shape[0], bool)
     no_images = image_features[:0]
     for step in range(max_new_tokens):
-        logits, cache = model.decode(embeds, modality, mask, cache)
+        logits, cache = model.decode(embeds, modality, mask, cache, logits_to_keep=1)
         last = logits[:, -1].copy()
         last[:, model.manifest["image_token_id"]] = -np.inf  # a placeholder without an image has no meaning
         tokens = np.where(done, pad, last.argmax(-1))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,13 @@ import onnxruntime as ort
 from splitq_edge import runtime_ops
 from splitq_edge.artifacts import read_export
 from splitq_edge.errors import ArtifactError, SplitQError
+from splitq_edge.runtime_ops.cache import Cache, empty_buffers, empty_returned
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("vision_encoder", "embed_tokens", "decoder")
+FUSED_SINCE = (1, 32)  # onnxruntime whose GroupQueryAttention knows query_seqlens
 ERROR_SEVERITY = 3  # ONNX Runtime's own log level: errors only
-
-
-@dataclass
-class Cache:
-    """Key-value cache of a batch.
-
-    Attributes:
-        values: by decoder input name, [batch, kv_heads, past, channels]: keys and values in float32, or as int8 codes
-            (uint8: two 4-bit codes a byte) with one float32 scale a token and head beside each.
-    """
-
-    values: dict[str, np.ndarray]
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return next(iter(self.values.values())).shape[2]
-
-    def take(self, rows: np.ndarray) -> Cache:
-        """The cache of the batch that these rows make.
-
-        Args:
-            rows: [batch] integers; a row may be taken more than once.
-        """
-        return Cache({name: value[rows] for name, value in self.values.items()})
 
 
 class ExportedModel:
@@ -64,6 +41,7 @@ class ExportedModel:
         self.manifest = read_export(self.folder)
         self.native = self._use_native(native)
         self.threads = threads
+        self._sessions: dict[str, ort.InferenceSession] = {}
 
     @staticmethod
     def _use_native(native: bool | None) -> bool:
@@ -71,9 +49,15 @@ class ExportedModel:
             require_native()
         return native is not False and runtime_ops.library_path() is not None
 
-    @functools.cached_property
-    def _sessions(self) -> dict[str, ort.InferenceSession]:
-        return {part: self._open(part) for part in PARTS}
+    def session(self, part: str) -> ort.InferenceSession:
+        """The session of a part, opened when it is first needed: a text-only prompt never loads the vision encoder."""
+        if part not in self._sessions:
+            self._sessions[part] = self._open(part)
+        return self._sessions[part]
+
+    def use_session(self, part: str, session: ort.InferenceSession) -> None:
+        """Run a part in a session made elsewhere, with options of its own."""
+        self._sessions[part] = session
 
     def _open(self, part: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -86,7 +70,15 @@ class ExportedModel:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
-            raise ArtifactError(f"{path}: ONNX Runtime cannot load it ({reason}); export the model again") from error
+            raise ArtifactError(
+                f"{path}: ONNX Runtime cannot load it ({ort.__version__}: {reason}); "
+                f"{'update onnxruntime to 1.32' if self._too_old(part) else 'export the model again'}"
+            ) from error
+
+    def _too_old(self, part: str) -> bool:
+        """Whether the runtime lacks an input of the fused attention."""
+        version = tuple(int(number) for number in ort.__version__.split(".")[:2])
+        return part == "decoder" and self.manifest.get("attention") == "fused" and version < FUSED_SINCE
 
     def run(self, part: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one part on named inputs; outputs by name.
@@ -94,12 +86,9 @@ class ExportedModel:
         Raises:
             SplitQError: ONNX Runtime refused the inputs.
         """
-        session = self._sessions[part]
-        try:
+        session = self.session(part)
+        with _failures(part):
             outputs = session.run(None, feeds)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:400]
-            raise SplitQError(f"{part}: ONNX Runtime failed ({reason})") from error
         return {output.name: value for output, value in zip(session.get_outputs(), outputs, strict=True)}
 
     def encode_images(self, pixel_values: np.ndarray | None) -> np.ndarray:
@@ -139,24 +128,35 @@ class ExportedModel:
         outputs = self.run("embed_tokens", {"input_ids": input_ids, "image_features": image_features})
         return outputs["inputs_embeds"], outputs["modality"]
 
-    def empty_cache(self, batch: int) -> Cache:
-        """The cache before the first token."""
+    def empty_cache(self, batch: int, *, room: int = 0) -> Cache:
+        """The cache before the first token.
+
+        Args:
+            batch: rows.
+            room: tokens that it will hold, if that is known: a cache that is written in place need not grow then.
+        """
         shape = self.manifest["cache"]
         channels = shape["head_dim"] // 2 if shape.get("bits") == 4 else shape["head_dim"]
-        empty = {"": np.zeros((batch, shape["heads"], 0, channels), shape["dtype"])}
+        empty = {"": ((batch, shape["heads"], 0, channels), shape["dtype"])}
         if shape["dtype"] != "float32":
-            empty["_scale"] = np.zeros((batch, shape["heads"], 0, 1), np.float32)
-        return Cache(
-            {
-                f"past_key_values.{layer}.{kind}{suffix}": value
-                for layer in range(shape["layers"])
-                for kind in ("key", "value")
-                for suffix, value in empty.items()
-            }
-        )
+            empty["_scale"] = ((batch, shape["heads"], 0, 1), "float32")
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            f"past_key_values.{layer}.{kind}{suffix}": tensor
+            for layer in range(shape["layers"])
+            for kind in ("key", "value")
+            for suffix, tensor in empty.items()
+        }
+        in_place = self.manifest.get("attention") == "fused" and shape["dtype"] == "float32"
+        return empty_buffers(shapes, room) if in_place else empty_returned(shapes)
 
     def decode(
-        self, inputs_embeds: np.ndarray, modality: np.ndarray, attention_mask: np.ndarray, cache: Cache
+        self,
+        inputs_embeds: np.ndarray,
+        modality: np.ndarray,
+        attention_mask: np.ndarray,
+        cache: Cache,
+        *,
+        logits_to_keep: int = 0,
     ) -> tuple[np.ndarray, Cache]:
         """Run the decoder over new tokens.
 
@@ -166,22 +166,39 @@ class ExportedModel:
             attention_mask: [batch, past + sequence] int64, 0 for padding, which may lie between tokens: positions
                 count what is not padding.
             cache: what the call before returned, or `empty_cache`.
+            logits_to_keep: last positions whose logits are wanted, 0 for all.
 
         Returns:
-            Logits [batch, sequence, vocabulary] float32 and the grown cache.
+            Logits [batch, kept, vocabulary] float32 and the grown cache.
+
+        Raises:
+            SplitQError: ONNX Runtime refused the inputs.
         """
         positions = np.maximum(attention_mask.cumsum(-1) - 1, 0)[:, cache.length :]
         feeds: dict[str, Any] = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": positions,
-            **cache.values,
         }
         if self.manifest["modality_input"]:
             feeds["modality"] = modality
-        outputs = self.run("decoder", feeds)
-        grown = {name: outputs[name.replace("past_key_values", "present")] for name in cache.values}
-        return outputs["logits"], Cache(grown)
+        trims = bool(self.manifest.get("logits_to_keep"))
+        if trims:
+            feeds["logits_to_keep"] = np.array([logits_to_keep], np.int64)
+        session = self.session("decoder")
+        with _failures("decoder"):
+            logits, grown = cache.step(session, feeds)
+        return (logits if trims else logits[:, -logits_to_keep:]), grown
+
+
+@contextmanager
+def _failures(part: str) -> Iterator[None]:
+    """ONNX Runtime's errors in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise SplitQError(f"{part}: ONNX Runtime failed ({reason})") from error
 
 
 def require_native() -> None:

@@ -147,6 +147,14 @@ def _message(error: Exception) -> str:
     show_default=True,
     help="portable: int4 tensors; packed: the kernels' own layout, smaller, used in place.",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(["fused", "standard"]),
+    default="fused",
+    show_default=True,
+    help="fused: one GroupQueryAttention a layer (onnxruntime 1.32), where the model allows it; standard: ops of the "
+    "ONNX standard alone, slower.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the choice of samples.")
 @click.option("--revision", help="Hub revision of MODEL.")
 @click.option("--force", is_flag=True, help="Replace OUT if it holds an earlier export.")

@@ -46,6 +46,7 @@ class ExportOptions:
     calib: str = "easyvqa"
     calib_samples: int = 128
     flavour: str = "portable"
+    attention: str = "fused"
     seed: int = 0
     force: bool = False
     revision: str | None = None
@@ -224,6 +225,7 @@ def _write(
         sample={name: value for name, value in sample.items() if name != "answer"},
         calibration=None if quantized is None else source,
         seed=options.seed,
+        attention=options.attention,
     )
     with staged_folder(options.out, force=options.force) as staging:
         console.print("writing graphs")

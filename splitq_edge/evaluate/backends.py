@@ -20,7 +20,7 @@ from splitq_edge.evaluate.tasks import Answer, Question
 from splitq_edge.tiles import image_tiles, model_pixels
 
 if TYPE_CHECKING:
-    from splitq_edge.runtime_ops.session import Cache
+    from splitq_edge.runtime_ops.cache import Cache
 
 MAX_NEW_TOKENS = 8
 BATCH = 32  # rows of one run of the language model
@@ -210,7 +210,8 @@ class OrtBackend:
         """The cache behind the prompts' common prefix, one row an image."""
         ids = np.tile(np.array(prefix, np.int64), (len(features), 1))
         embeds, modality = self.model.embed(ids, np.concatenate(features))
-        return self.model.decode(embeds, modality, np.ones_like(ids), self.model.empty_cache(len(ids)))[1]
+        empty = self.model.empty_cache(len(ids), room=ids.shape[1])
+        return self.model.decode(embeds, modality, np.ones_like(ids), empty, logits_to_keep=1)[1]
 
     def _batch(self, rows: list[_Asked], features: np.ndarray, cache: Cache) -> list[Answer]:
         """Answers of rows whose first tokens are in the cache; an empty cache takes the image features."""
@@ -244,8 +245,10 @@ class OrtBackend:
         logits, begin = [], 0
         for end in ends:
             piece = slice(begin, end)
-            part, cache = self.model.decode(embeds[:, piece], modality[:, piece], mask[:, : start + end], cache)
-            logits.append(part[:, -kept:])
+            part, cache = self.model.decode(
+                embeds[:, piece], modality[:, piece], mask[:, : start + end], cache, logits_to_keep=kept
+            )
+            logits.append(part)
             begin = end
         return np.concatenate(logits, 1), mask, cache
 

@@ -38,6 +38,7 @@ from splitq_edge.exporters import export_folder
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
 from splitq_edge.loading import LoadedModel
 from splitq_edge.runtime_ops import library_path
+from splitq_edge.runtime_ops.cache import BufferCache
 from splitq_edge.runtime_ops.generate import greedy_tokens
 from splitq_edge.runtime_ops.session import PARTS, ExportedModel
 from splitq_edge.runtime_ops.verify import verify_files, verify_parity
@@ -318,13 +319,13 @@ def test_padding_does_not_change_a_row(export: Export) -> None:
 def test_positions_count_real_tokens_only(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rotary positions are relative, so logits do not show it; transformers and other models rely on it.
     model = export.engines["functions"]
-    run, seen = model.run, []
+    step, seen = BufferCache.step, []
 
-    def watched(part: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        seen.extend([feeds["position_ids"].tolist()] if part == "decoder" else [])
-        return run(part, feeds)
+    def watched(cache: BufferCache, session: Any, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, BufferCache]:
+        seen.append(feeds["position_ids"].tolist())
+        return step(cache, session, feeds)
 
-    monkeypatch.setattr(model, "run", watched)
+    monkeypatch.setattr(BufferCache, "step", watched)
     ids, mask = left_padded([[1, 70, 71, 72], [1, 70]])
     steps = greedy_tokens(model, ids.numpy(), mask.numpy(), model.encode_images(None), max_new_tokens=3)
     assert len(list(steps)) == 3
