@@ -49,7 +49,7 @@ NO_LABEL = -1
 GROUND = len(LETTERS)
 PATCH_CLASSES = GROUND + 1 + len(COLORS) * len(SHAPES)
 CENTRES = np.arange(GRID) * PATCH_SIZE + PATCH_SIZE / 2
-SPELL = "Spell the word."
+WORD_QUESTION = "What word is written here?"  # beside the task's own, which asks for the letters
 
 Row = tuple[str, str]  # question, answer
 
@@ -116,7 +116,7 @@ def draw_word(split: str, index: int) -> Drawn:
     labels = {f"letter {place}": 26 for place in range(words.LETTERS[1])}
     labels |= {f"letter {place}": LETTERS.index(letter) for place, letter in enumerate(word)}
     picture = words.render(word, rng)
-    rows = [(words.QUESTION, word), (SPELL, " ".join(word))]
+    rows = [(WORD_QUESTION, word), (words.QUESTION, words.spelled(word))]
     return Drawn(picture.pixels, rows, labels, _letters_of_patches(word, picture))
 
 

@@ -20,7 +20,7 @@ from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.pictures import COUNTS, SIZE, Example, generator, kept_questions
 from splitq_edge.evaluate.tasks import Question
 
-QUESTION = "What word is written here?"
+QUESTION = "Spell the word."
 LETTERS = (3, 6)  # fewest and most a word
 LISTS = ("english_wikipedia", "us_tv_and_film")
 SHARE = 10  # one word in so many is a test word, another one a validation word
@@ -43,8 +43,13 @@ FONTS = (
 
 
 def ocr(split: str) -> list[Question]:
-    """1,000 held-out (2,000 training) words of three to six letters; no word is in both splits."""
-    return kept_questions("ocr-1", split, lambda: _examples(split))
+    """1,000 held-out (2,000 training) words of three to six letters, to be spelled; no word is in both splits."""
+    return kept_questions("ocr-2", split, lambda: _examples(split))
+
+
+def spelled(word: str) -> str:
+    """The answer: "w o r d". Letters one by one, so that reading is asked for and not the tokenizer's vocabulary."""
+    return " ".join(word)
 
 
 def _examples(split: str) -> Iterator[Example]:
@@ -54,7 +59,7 @@ def _examples(split: str) -> Iterator[Example]:
     for index in range(COUNTS[split]):
         rng = generator("ocr", split, index + 1)
         word = found[index] if split == "test" else found[int(rng.integers(len(found)))]
-        yield Example(render(word, rng).pixels, QUESTION, word, "word")
+        yield Example(render(word, rng).pixels, QUESTION, spelled(word), "word")
 
 
 @lru_cache

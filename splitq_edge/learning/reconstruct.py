@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from splitq_edge.modality import VISION, ModalityContext
 from splitq_edge.parallel import Processes
 
 SWEEPS = 4  # over the gates, since each depends a little on the others
+GATE_BATCHES = 8  # that the sweeps look at; a gate is one number a channel, and every trial is a pass over them
 # Places on the line from a gate's start, 0, through what was learned, 1; tried where the start is better.
 SHARES = (0.5, -0.5, 1.5, 0.25, -0.25, 0.1, -0.1, 0.75, -1.0)
 
@@ -163,26 +165,28 @@ def settle_gates(task: BlockTask, scale: float) -> float:
     """
     gates = [gate for site in task.sites for gate in site.parameter_groups()["gate"] if gate.numel()]
     learned = [gate.detach().clone() for gate in gates]
-    error = block_error(task, scale)
+    count = len(task.inputs)
+    looked_at = range(count)[:: max(1, count // GATE_BATCHES)][:GATE_BATCHES]  # evenly: batches are sorted by length
+    error = block_error(task, scale, looked_at)
     for _ in range(SWEEPS):
         moved = False
         for gate, end in zip(gates, learned, strict=True):
             best = gate.detach().clone()
             start = torch.ones_like(end)
             gate.copy_(start)
-            trial = block_error(task, scale)
+            trial = block_error(task, scale, looked_at)
             if trial <= error:
                 moved = moved or trial < error
                 best, error = start, trial
                 for share in SHARES:
                     gate.copy_(torch.lerp(start, end, share))
-                    trial = block_error(task, scale)
+                    trial = block_error(task, scale, looked_at)
                     if trial < error:
                         best, error, moved = gate.detach().clone(), trial, True
             gate.copy_(best)
         if not moved:
             break
-    return error
+    return block_error(task, scale)
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> None:
@@ -210,9 +214,18 @@ def _energy(task: BlockTask) -> float:
 
 
 @torch.no_grad()
-def block_error(task: BlockTask, scale: float | None = None) -> float:
-    """Relative error of the block as it is now; see `BlockResult`."""
+def block_error(task: BlockTask, scale: float | None = None, numbers: Collection[int] | None = None) -> float:
+    """Relative error of the block as it is now; see `BlockResult`.
+
+    Args:
+        task: the block and its data.
+        scale: one over the energy of all batches, worked out where it is not given.
+        numbers: only these batches; all by default.
+    """
     total = torch.zeros((), device=task.inputs.device)
-    for number in task.inputs.own:
-        total += task.squared_error(number)
+    with ExitStack() as held:
+        for site in task.sites:
+            held.enter_context(site.holding_weight())
+        for number in task.inputs.own if numbers is None else sorted(set(task.inputs.own) & set(numbers)):
+            total += task.squared_error(number)
     return float(task.processes.sum(total)) * (1 / _energy(task) if scale is None else scale)

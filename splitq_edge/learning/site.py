@@ -126,6 +126,21 @@ class _GroupTarget:
     scale: torch.Tensor  # [N] or [groups, N]
 
 
+@dataclass(frozen=True)
+class _WeightSide:
+    """What a forward makes of the weight, whatever the rows.
+
+    Attributes:
+        matrices: by group.
+        weight: [K, N] fake-quantized, CWS's product added.
+        u: [K_m, R] fake-quantized, None without low-rank branches.
+    """
+
+    matrices: dict[str, Matrices]
+    weight: torch.Tensor
+    u: torch.Tensor | None
+
+
 class TrainableSite(nn.Module):
     """The differentiable twin of `SplitLinear`.
 
@@ -172,6 +187,7 @@ class TrainableSite(nn.Module):
             begin += width
         self._hessian: torch.Tensor | None = None
         self._row_weights: torch.Tensor | None = None
+        self._held: _WeightSide | None = None
         self._start_low_rank()
         if inputs is not None:
             self._start_clips(inputs)
@@ -215,7 +231,7 @@ class TrainableSite(nn.Module):
 
     def _transformed_groups(self, rows: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """By group: rows behind scale and P [T, K_g], and the weight behind both, CWS taken away [K_g, N]."""
-        permuted, weights = self._scaled(rows)
+        permuted, weights = self._scaled_rows(rows), self._scaled_weight()
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name in self.groups:
             group = self._group(name)
@@ -245,34 +261,59 @@ class TrainableSite(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., K] float32 -> [..., N] float32, everything fake-quantized."""
-        permuted, scaled = self._scaled(x)
-        rows, weights = [], []
+        side = self._weight_side()
+        permuted = self._scaled_rows(x)
+        rows = []
         compensation: torch.Tensor | None = None
-        for name in self.groups:
+        for name, matrices in side.matrices.items():
             group = self._group(name)
-            matrices = group.matrices()
             transformed = group.transform(permuted[..., group.place], matrices)
-            quantized = group.quantize_rows(transformed) if self.quantize else transformed
-            weight = group.untransform(scaled[group.place], matrices)
-            if name == "main" and self.rank:
-                u = self._factor_u(matrices)
-                weight = self._smoothed(weight, u)
-                compensation = self._compensate(transformed - quantized, u)
-            elif self.quantize:
-                weight = group.quantize_weight(weight)
-            rows.append(quantized)
-            weights.append(weight)
+            rows.append(group.quantize_rows(transformed) if self.quantize else transformed)
+            if name == "main" and side.u is not None:
+                compensation = self._compensate(transformed - rows[-1], side.u)
         activations = torch.cat(rows, -1)
         self._observe(activations)
-        output = activations @ torch.cat(weights)
+        output = activations @ side.weight
         if compensation is not None:
             output = output + compensation
         return output if self.bias is None else output + self.bias
 
-    def _scaled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x / s [..., K] and s W [K, N], channels in the order main, text, vision."""
-        scale = self.log_scale[self.order].exp()
-        return _Permute.apply(x, self.order) / scale, self._permuted * scale[:, None]
+    def _weight_side(self) -> _WeightSide:
+        if self._held is not None:
+            return self._held
+        scaled = self._scaled_weight()
+        matrices: dict[str, Matrices] = {}
+        weights = []
+        factor: torch.Tensor | None = None
+        for name in self.groups:
+            group = self._group(name)
+            matrices[name] = group.matrices()
+            weight = group.untransform(scaled[group.place], matrices[name])
+            if name == "main" and self.rank:
+                factor = self._factor_u(matrices[name])
+                weight = self._smoothed(weight, factor)
+            elif self.quantize:
+                weight = group.quantize_weight(weight)
+            weights.append(weight)
+        return _WeightSide(matrices, torch.cat(weights), factor)
+
+    @contextmanager
+    def holding_weight(self) -> Iterator[None]:
+        """Within the block, forwards quantize the weight once: for passes between which no parameter changes."""
+        with torch.no_grad():
+            self._held = self._weight_side()
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def _scaled_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x / s [..., K], channels in the order main, text, vision."""
+        return _Permute.apply(x, self.order) / self.log_scale[self.order].exp()
+
+    def _scaled_weight(self) -> torch.Tensor:
+        """s W [K, N], channels in the order main, text, vision."""
+        return self._permuted * self.log_scale[self.order].exp()[:, None]
 
     def _smoothed(self, weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """Q(B - U_s V_s) + U_s V_s of the main group (eq. 17)."""

@@ -151,11 +151,11 @@ def test_gates_that_lose_to_their_start_are_moved(
     site = SimpleNamespace(parameter_groups=lambda: {"gate": [moving, good]})
     bare = SimpleNamespace(parameter_groups=lambda: {"gate": [torch.nn.Parameter(torch.ones(0))]})
 
-    def error(_task: object, scale: float) -> float:
+    def error(_task: object, scale: float, _numbers: object = None) -> float:
         return scale * float((moving - optimum).square().sum() + (good - 1.5).square().sum())
 
     monkeypatch.setattr(reconstruct, "block_error", error)
-    found = reconstruct.settle_gates(SimpleNamespace(sites=[bare, site]), 0.5)  # type: ignore[arg-type]
+    found = reconstruct.settle_gates(SimpleNamespace(sites=[bare, site], inputs=range(3)), 0.5)  # type: ignore[arg-type]
     torch.testing.assert_close(moving.detach(), torch.full((2,), expected))
     torch.testing.assert_close(good.detach(), torch.full((3,), 1.5))
     assert found == pytest.approx(error(None, 0.5))
