@@ -327,6 +327,25 @@ def ablate(scheme: str, tables: tuple[str, ...], epochs: int | None, transform: 
 
 
 @main.command()
+@click.argument("model")
+@click.option("--calib", default="easyvqa", show_default=True, help="Built-in tasks or a folder, as for export.")
+@click.option("--calib-samples", default=128, show_default=True, help="Samples to look at.")
+@click.option(
+    "--share", default=0.02, show_default=True, type=click.FloatRange(0.0, 0.5, min_open=True), help="Of top channels."
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the samples.")
+@click.option("--json", "json", type=PATH, help="Write every site's numbers to this file.")
+@click.option("--plot", type=PATH, help="Draw the channels of three blocks into this file; needs matplotlib.")
+@_reports_errors
+def outliers(**options: Any) -> None:
+    """Show where text and image tokens of MODEL have their largest channels: whether splitting them will pay."""
+    from splitq_edge.commands.console import make_console
+    from splitq_edge.commands.outliers import OutlierOptions, run_outliers
+
+    run_outliers(OutlierOptions(**options), make_console())
+
+
+@main.command()
 @click.argument("out", type=PATH)
 @click.option("--native/--functions", default=None, help="Native kernels or function bodies; default: native if there.")
 @_reports_errors

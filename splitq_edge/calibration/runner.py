@@ -176,7 +176,7 @@ class Calibration:
         self, index: int, block: nn.Module, inputs: BlockInputs, samples: int, sensitivity: Sensitivity
     ) -> None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        stats = self._observe(index, block, inputs, samples)
+        stats = observe_block(self.loaded, index, block, inputs, samples, self.processes)
         sites = self._trainable_sites(index, block, stats, sensitivity)
         quantized = self.config.learning.propagate == "quantized"
         learning = self.config.learning
@@ -218,32 +218,6 @@ class Calibration:
         for number in inputs.own:
             output = block_output(block, inputs.get("quantized", number), inputs.batch(number), self.loaded.context)
             inputs.put("quantized", number, output)
-
-    def _observe(self, index: int, block: nn.Module, inputs: BlockInputs, samples: int) -> dict[str, SiteStats]:
-        """Run the float block: its outputs become the stream "target", its sites' inputs statistics."""
-        observers: dict[str, Observer] = {}
-        running: list[int] = []
-
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            observers[name] = Observer(name, samples)
-
-            def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                batch = inputs.batch(running[-1])
-                x = args[0].reshape(*batch.keep.shape, -1)
-                observers[name].update(x, batch.modality, batch.keep, batch.samples)
-
-            return observe
-
-        with ExitStack() as handles, torch.no_grad():
-            for site in self.loaded.adapter.language_block:
-                first = block.get_submodule(site.linears[0])
-                name = self.loaded.adapter.site_name(index, site)
-                handles.callback(first.register_forward_pre_hook(hook(name)).remove)
-            for number in inputs.own:
-                running.append(number)
-                output = block_output(block, inputs.get("float", number), inputs.batch(number), self.loaded.context)
-                inputs.put("target", number, output)
-        return {name: observer.stats(self.processes) for name, observer in observers.items()}
 
     def _trainable_sites(
         self, index: int, block: nn.Module, stats: dict[str, SiteStats], sensitivity: Sensitivity
@@ -296,6 +270,46 @@ class Calibration:
 
     def _place(self, index: int, block: nn.Module, frozen: dict[str, SplitLinear]) -> None:
         place_sites(self.loaded.adapter, index, block, frozen)
+
+
+def observe_block(
+    loaded: LoadedModel, index: int, block: nn.Module, inputs: BlockInputs, samples: int, processes: Processes
+) -> dict[str, SiteStats]:
+    """Run a float block over its inputs.
+
+    Args:
+        loaded: its model.
+        index: number of the block.
+        block: with its linears in place.
+        inputs: the stream "float" is read, its outputs become the stream "target".
+        samples: calibration samples in all processes.
+        processes: the group that shares them.
+
+    Returns:
+        Statistics of what its sites receive, by site name.
+    """
+    observers: dict[str, Observer] = {}
+    running: list[int] = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        observers[name] = Observer(name, samples)
+
+        def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            batch = inputs.batch(running[-1])
+            x = args[0].reshape(*batch.keep.shape, -1)
+            observers[name].update(x, batch.modality, batch.keep, batch.samples)
+
+        return observe
+
+    with ExitStack() as handles, torch.no_grad():
+        for site in loaded.adapter.language_block:
+            first = block.get_submodule(site.linears[0])
+            handles.callback(first.register_forward_pre_hook(hook(loaded.adapter.site_name(index, site))).remove)
+        for number in inputs.own:
+            running.append(number)
+            output = block_output(block, inputs.get("float", number), inputs.batch(number), loaded.context)
+            inputs.put("target", number, output)
+    return {name: observer.stats(processes) for name, observer in observers.items()}
 
 
 def place_sites(adapter: ModelAdapter, index: int, block: nn.Module, sites: dict[str, SplitLinear]) -> None:
