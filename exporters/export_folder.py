@@ -21,7 +21,7 @@ from splitq_edge.calibration.extra_sites import EXTRAS
 from splitq_edge.convert import QuantizedModel, effective_bits
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.onnx_export import check_axes, trace
-from splitq_edge.exporters.parts import CacheShape, Decoder, EmbedTokens, VisionEncoder
+from splitq_edge.exporters.parts import CacheShape, Decoder, EmbedTokens, vision_encoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
 from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.passes.fuse_attention import fuse_attention
@@ -30,6 +30,7 @@ from splitq_edge.exporters.passes.pack_attention import pack_attention
 from splitq_edge.exporters.passes.trim_logits import trim_logits
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
+from splitq_edge.image_layout import Arrays, ImageLayout, join
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import VISION
 from splitq_edge.modules.split_linear import SplitLinear
@@ -40,7 +41,6 @@ from splitq_edge.report.quality_report import REPORT_FILE, build_report
 logger = logging.getLogger(__name__)
 
 FLAVOURS = ("portable", "packed")
-EXPORTED_LAYOUTS = ("images", "tiles")  # what the vision graph takes alone, see `ModelAdapter.pixel_layout`
 PARITY_FILE = "parity.npz"
 PARITY_POSITIONS = 8  # logits kept of a parity sample
 MIDDLE_TOKENS = 8  # of the parity sample between picture and text
@@ -117,31 +117,33 @@ def check_exportable(loaded: LoadedModel) -> int:
     """The image token's id of a model whose graphs can be written.
 
     Raises:
-        SplitQError: it is text only, or its vision encoder needs more than pixel_values.
+        SplitQError: it is text only.
     """
-    if loaded.image_token_id is None or loaded.adapter.pixel_layout not in EXPORTED_LAYOUTS:
+    if loaded.image_token_id is None:
         raise SplitQError(
-            f"export: expected a model whose vision encoder takes pixel_values alone, "
-            f"got model type '{loaded.adapter.model_type}'; it can be quantized but not exported yet"
+            f"export: expected a model of images and text, got model type '{loaded.adapter.model_type}', text only; "
+            "it can be quantized but not exported yet"
         )
     return loaded.image_token_id
 
 
 def _vision_graph(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest) -> ir.Model:
-    pixels = _images(request)
+    layout = ImageLayout.of(loaded.adapter, loaded.model.config)
+    pictures = _pictures(layout, request)
+    twice = _tensors(layout.graph_inputs(join([pictures, pictures])))  # an axis of 1 would be taken as constant
 
     def traced() -> ir.Model:
         return trace(
-            VisionEncoder(loaded),
-            {"pixel_values": torch.cat([pixels, pixels])[:2].clone()},
-            input_names=["pixel_values"],
+            vision_encoder(loaded),
+            twice,
+            input_names=list(twice),
             output_names=["image_features"],
-            dynamic={"pixel_values": {0: "images"}},
+            dynamic={name: layout.axes()[name] for name in twice},
         )
 
     sites = {} if quantized is None else quantized.extras.get("vision", {})
     model = _with_sites(traced, quantized, sites, request)
-    check_axes(model, {"pixel_values": {0: "images"}})
+    check_axes(model, layout.axes())
     return model
 
 
@@ -163,7 +165,8 @@ def _with_sites(
 
 
 def _embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
-    dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "images"}}
+    flat = features.dim() == 2
+    dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "rows" if flat else "images"}}
     model = trace(
         EmbedTokens(loaded.model.get_input_embeddings(), check_exportable(loaded)),
         {
@@ -185,18 +188,22 @@ def _decoder_graph(
     generator = torch.Generator().manual_seed(request.seed)
     batch, sequence, past = 2, 3, 5  # 0 and 1 would be taken as constants
     with_modality = quantized is not None and reads_modality(quantized)
+    positions = torch.arange(past, past + sequence).expand(batch, sequence).contiguous()
+    step: dict[int, str] = {0: "batch", 1: "sequence"}
+    counted = step
+    if loaded.adapter.mrope:
+        positions, counted = positions.repeat(3, 1, 1), {1: "batch", 2: "sequence"}
     inputs: dict[str, Any] = {
         "inputs_embeds": torch.randn(batch, sequence, hidden, generator=generator),
         "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
-        "position_ids": torch.arange(past, past + sequence).expand(batch, sequence).contiguous(),
+        "position_ids": positions,
         "past": cache.random(batch, past, generator),
     }
-    step = {0: "batch", 1: "sequence"}
     kv = {0: "batch", 2: "past_sequence"}
     axes: dict[str, dict[int, str]] = {
         "inputs_embeds": step,
         "attention_mask": {0: "batch", 1: "total_sequence"},
-        "position_ids": step,
+        "position_ids": counted,
     }
     dynamic: dict[str, Any] = {**axes, "past": [(kv,) * len(cache_tensors(cache.bits))] * cache.layers}
     axes |= dict.fromkeys(cache.names("past_key_values"), kv)
@@ -257,15 +264,20 @@ def _describe(model: ir.Model, part: str, quantized: QuantizedModel | None, requ
         model.metadata_props["splitq.effective_bits"] = f"{effective_bits(quantized.extras['vision']):.4f}"
 
 
-def _images(request: ExportRequest) -> torch.Tensor:
-    """Images or tiles of the sample, [images, 3, height, width] float32."""
-    return request.sample["pixel_values"].float().flatten(0, -4)
+def _pictures(layout: ImageLayout, request: ExportRequest) -> Arrays:
+    """Pictures of the sample."""
+    return layout.pictures(request.sample)
+
+
+def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _parity_vision(loaded: LoadedModel, request: ExportRequest, parity: dict[str, np.ndarray]) -> torch.Tensor:
-    pixels = _images(request)
-    features = VisionEncoder(loaded)(pixels)
-    _store(parity, "vision_encoder/image", {"pixel_values": pixels}, {"image_features": features})
+    layout = ImageLayout.of(loaded.adapter, loaded.model.config)
+    inputs = _tensors(layout.graph_inputs(_pictures(layout, request)))
+    features = vision_encoder(loaded)(**inputs)
+    _store(parity, "vision_encoder/image", inputs, {"image_features": features})
     return features.clone()
 
 
@@ -305,6 +317,7 @@ def _parity_decoder(
     tokens = embeds.shape[1]
     noise = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(request.seed)) * SENSITIVITY_NOISE
     whole = cache.random(1, 0, torch.Generator())
+    positions = _positions(loaded, request)
     sensitivity: dict[str, float] = {}
     middle = _middle(modality)
     for case, begin, end in (("prefill", 0, tokens - 1), ("middle", *middle), ("step", tokens - 1, tokens)):
@@ -312,7 +325,7 @@ def _parity_decoder(
         inputs = {
             "inputs_embeds": embeds[:, begin:end],
             "attention_mask": torch.ones(1, end, dtype=torch.long),
-            "position_ids": torch.arange(begin, end)[None],
+            "position_ids": positions[..., begin:end],
         }
         mask = modality[:, begin:end]
         logits, *present = decoder(**inputs, past=list(past), modality=mask)
@@ -328,6 +341,14 @@ def _parity_decoder(
             moved = decoder(**inputs, past=list(past), modality=mask)[0][:, -PARITY_POSITIONS:]
             sensitivity[case] = sqnr_db(kept, moved)
     return sensitivity
+
+
+def _positions(loaded: LoadedModel, request: ExportRequest) -> torch.Tensor:
+    """Positions of the sample's tokens, [1, sequence] or with three axes [3, 1, sequence]."""
+    layout = ImageLayout.of(loaded.adapter, loaded.model.config)
+    ids = request.sample["input_ids"].numpy()
+    found = layout.positions(ids, np.ones_like(ids), _pictures(layout, request), check_exportable(loaded))
+    return torch.arange(ids.shape[1])[None] if found is None else torch.from_numpy(found)
 
 
 def _middle(modality: torch.Tensor) -> tuple[int, int]:
@@ -377,6 +398,7 @@ def _manifest(
             used = [site.groups["main"].activation_bits for site in sites.values()]
             limits[part] = parity_limit_db(min(used)) if used else FLOAT_LIMIT_DB
     eos, pad = _end_tokens(loaded)
+    layout = ImageLayout.of(loaded.adapter, loaded.model.config)
     return {
         "schema": EXPORT_SCHEMA,
         "splitq_edge": __version__,
@@ -402,8 +424,9 @@ def _manifest(
         "logits_to_keep": True,
         "modality_input": quantized is not None and reads_modality(quantized),
         "image_token_id": loaded.image_token_id,
-        "image_tokens": features.shape[1],
-        "hidden_size": features.shape[2],
+        "image_layout": layout.to_dict(),
+        "image_tokens": None if layout.flat else features.shape[1],
+        "hidden_size": features.shape[-1],
         "eos_token_ids": eos,
         "pad_token_id": pad,
         "cache": {

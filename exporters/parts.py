@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitq_edge.exporters.patch_encoder import PatchEncoder
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext, modality_of
 from splitq_edge.quant.kv_cache import cache_tensors, dequantize_cache, head_dimension, quantize_cache
+
+
+def vision_encoder(loaded: LoadedModel) -> nn.Module:
+    """The module whose graph makes image rows; its inputs are those of `ImageLayout.graph_inputs`."""
+    return PatchEncoder(loaded) if loaded.adapter.pixel_layout == "patches" else VisionEncoder(loaded)
 
 
 class VisionEncoder(nn.Module):
@@ -97,8 +103,8 @@ class _Reached(Exception):
 class EmbedTokens(nn.Module):
     """input_ids [batch, sequence], image_features -> inputs_embeds [batch, sequence, hidden], modality int8.
 
-    image_features is [images, image_tokens, hidden]; its rows replace the image tokens in reading order. A text-only
-    prompt passes zero images.
+    image_features is [images, image_tokens, hidden], or [rows, hidden] where pictures have different numbers of rows;
+    the rows replace the image tokens in reading order. A text-only prompt passes none.
     """
 
     def __init__(self, embedding: nn.Module, image_token_id: int) -> None:
@@ -122,8 +128,9 @@ class Decoder(nn.Module):
     """One step of the language model with its key-value cache.
 
     inputs_embeds [batch, sequence, hidden], attention_mask int64 [batch, past + sequence], position_ids int64
-    [batch, sequence], modality int8 [batch, sequence] (if the scheme reads it), past key and value of every layer
-    [batch, kv_heads, past, head_dim] -> logits [batch, sequence, vocabulary] and the grown cache.
+    [batch, sequence] or with three axes (mRoPE) [3, batch, sequence], modality int8 [batch, sequence] (if the scheme
+    reads it), past key and value of every layer [batch, kv_heads, past, head_dim] -> logits [batch, sequence,
+    vocabulary] and the grown cache.
 
     With `kv_cache_bits` the past comes and goes as integers and scales (`quantize_cache`). A token is quantized once,
     when it enters the cache; the tokens of the running call see each other in float32.

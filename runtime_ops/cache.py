@@ -17,7 +17,14 @@ GROWTH = 1.5  # of a buffer that is full
 
 
 class Cache(Protocol):
-    """What `ExportedModel.decode` goes on from."""
+    """What `ExportedModel.decode` goes on from.
+
+    Attributes:
+        shift: [batch] int64, by how much the positions of what follows are ahead of its count of tokens: a picture may
+            take fewer positions than tokens (`splitq_edge.mrope`); None where positions are counts.
+    """
+
+    shift: np.ndarray | None
 
     @property
     def length(self) -> int:
@@ -49,9 +56,11 @@ class ReturnedCache:
     Attributes:
         values: by decoder input name, [batch, kv_heads, past, channels]: keys and values in float32, or as int8 codes
             (uint8: two 4-bit codes a byte) with one float32 scale a token and head beside each.
+        shift: see `Cache`.
     """
 
     values: dict[str, np.ndarray]
+    shift: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -60,7 +69,7 @@ class ReturnedCache:
 
     def take(self, rows: np.ndarray) -> ReturnedCache:
         """See `Cache.take`."""
-        return ReturnedCache({name: value[rows] for name, value in self.values.items()})
+        return ReturnedCache({name: value[rows] for name, value in self.values.items()}, _rows(self.shift, rows))
 
     def step(self, session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, ReturnedCache]:
         """See `Cache.step`."""
@@ -79,15 +88,16 @@ class BufferCache:
 
     buffers: _Buffers
     length: int
+    shift: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> BufferCache:
         """See `Cache.take`."""
         room = self.length + LEAST_ROOM
-        return BufferCache(self.buffers.copied(self.length, room, rows), self.length)
+        return BufferCache(self.buffers.copied(self.length, room, rows), self.length, _rows(self.shift, rows))
 
     def step(self, session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, BufferCache]:
         """See `Cache.step`."""
-        length = self.length + feeds["position_ids"].shape[1]
+        length = self.length + feeds["position_ids"].shape[-1]
         buffers = self.buffers
         if length > buffers.room:
             room = max(length + LEAST_ROOM, int(GROWTH * buffers.room))
@@ -158,6 +168,10 @@ def empty_buffers(shapes: dict[str, tuple[tuple[int, ...], str]], room: int) -> 
         name: np.zeros((*shape[:2], max(room, LEAST_ROOM), shape[3]), dtype) for name, (shape, dtype) in shapes.items()
     }
     return BufferCache(_Buffers(values), 0)
+
+
+def _rows(shift: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if shift is None else shift[rows]
 
 
 def _present(name: str) -> str:

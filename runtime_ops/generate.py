@@ -11,7 +11,6 @@ import numpy as np
 from splitq_edge.errors import SplitQError
 from splitq_edge.runtime_ops.cache import Cache
 from splitq_edge.runtime_ops.session import ExportedModel
-from splitq_edge.tiles import image_tiles
 
 
 def greedy_tokens(
@@ -22,6 +21,7 @@ def greedy_tokens(
     *,
     max_new_tokens: int,
     cache: Cache | None = None,
+    positions: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Greedy decoding of a batch.
 
@@ -32,6 +32,7 @@ def greedy_tokens(
         image_features: rows of all images of the batch in reading order, see `ExportedModel.embed`.
         max_new_tokens: limit of new tokens a row.
         cache: of the tokens before input_ids; none: the batch begins here.
+        positions: of input_ids, what `ExportedModel.positions` gave.
 
     Yields:
         [batch] int64, the next token of every row; after a row's end token its padding token. Ends when all rows have
@@ -45,7 +46,7 @@ def greedy_tokens(
     done = np.zeros(input_ids.shape[0], bool)
     no_images = image_features[:0]
     for step in range(max_new_tokens):
-        logits, cache = model.decode(embeds, modality, mask, cache, logits_to_keep=1)
+        logits, cache = model.decode(embeds, modality, mask, cache, positions, logits_to_keep=1)
         last = logits[:, -1].copy()
         last[:, model.manifest["image_token_id"]] = -np.inf  # a placeholder without an image has no meaning
         tokens = np.where(done, pad, last.argmax(-1))
@@ -55,6 +56,7 @@ def greedy_tokens(
             return
         embeds, modality = model.embed(tokens[:, None], no_images)
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], -1)
+        positions = None
 
 
 class Generator:
@@ -69,9 +71,7 @@ class Generator:
         self.processor = load_processor(model.folder)
 
     def prepare(self, messages: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """Model inputs of one chat as numpy arrays (input_ids, attention_mask, pixel_values).
-
-        pixel_values come as the vision encoder takes them, [images or tiles, 3, height, width].
+        """Model inputs of one chat as numpy arrays: input_ids, attention_mask and those of `ImageLayout.pictures`.
 
         Raises:
             SplitQError: the processor refuses the chat, for example an image that cannot be read.
@@ -83,11 +83,8 @@ class Generator:
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise SplitQError(f"prompt: the model's processor refused it ({reason})") from error
-        inputs = {name: np.asarray(value) for name, value in encoded.items()}
-        mask = inputs.pop("pixel_attention_mask", None)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = image_tiles(inputs["pixel_values"], mask)
-        return inputs
+        tokens = {name: np.asarray(encoded[name]).astype(np.int64) for name in ("input_ids", "attention_mask")}
+        return {**tokens, **self.model.image_layout.pictures(encoded)}
 
     def stream(self, prompt: str, images: list[Any], *, max_new_tokens: int = 64) -> Iterator[str]:
         """Pieces of the greedy answer as they come.
@@ -99,15 +96,16 @@ class Generator:
         """
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
         inputs = self.prepare([{"role": "user", "content": content}])
-        features = self.model.encode_images(inputs.get("pixel_values"))
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         tokens: list[int] = []
         shown = ""
         steps = greedy_tokens(
             self.model,
-            inputs["input_ids"].astype(np.int64),
-            inputs["attention_mask"],
-            features,
+            ids,
+            mask,
+            self.model.encode_images(inputs),
             max_new_tokens=max_new_tokens,
+            positions=self.model.positions(ids, mask, inputs),
         )
         for step in steps:
             tokens.append(int(step[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import onnxruntime as ort
 from splitq_edge import runtime_ops
 from splitq_edge.artifacts import read_export
 from splitq_edge.errors import ArtifactError, SplitQError
+from splitq_edge.image_layout import ImageLayout
 from splitq_edge.runtime_ops.cache import Cache, empty_buffers, empty_returned
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class ExportedModel:
     def __init__(self, folder: str | Path, *, native: bool | None = None, threads: int = 0) -> None:
         self.folder = Path(folder)
         self.manifest = read_export(self.folder)
+        self.image_layout = ImageLayout.from_dict(self.manifest.get("image_layout", {"kind": "images"}))
         self.native = self._use_native(native)
         self.threads = threads
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -91,19 +93,38 @@ class ExportedModel:
             outputs = session.run(None, feeds)
         return {output.name: value for output, value in zip(session.get_outputs(), outputs, strict=True)}
 
-    def encode_images(self, pixel_values: np.ndarray | None) -> np.ndarray:
+    def encode_images(self, pictures: np.ndarray | Mapping[str, np.ndarray] | None) -> np.ndarray:
         """Image rows of the language model.
 
         Args:
-            pixel_values: [images, 3, height, width] float32, or None for a text-only prompt.
+            pictures: pixel_values [images, 3, height, width] float32, or a mapping with what `ImageLayout.pictures`
+                gave, other names in it are left alone; None or none of them for a text-only prompt.
 
         Returns:
-            [images, image_tokens, hidden] float32.
+            float32, [images, image_tokens, hidden], or [rows, hidden] where pictures differ in their number of rows.
         """
-        if pixel_values is None:
+        if pictures is None or "pixel_values" not in (found := _pictures(pictures)):
             tokens, hidden = self.manifest["image_tokens"], self.manifest["hidden_size"]
-            return np.zeros((0, tokens, hidden), np.float32)
-        return self.run("vision_encoder", {"pixel_values": pixel_values.astype(np.float32)})["image_features"]
+            return np.zeros((0, hidden) if tokens is None else (0, tokens, hidden), np.float32)
+        feeds = self.image_layout.graph_inputs({**found, "pixel_values": found["pixel_values"].astype(np.float32)})
+        return self.run("vision_encoder", feeds)["image_features"]
+
+    def positions(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, pictures: Mapping[str, np.ndarray]
+    ) -> np.ndarray | None:
+        """Positions of a prompt for `decode`, [3, batch, sequence] int64; None where `decode` can count them.
+
+        Args:
+            input_ids: [batch, sequence] int64.
+            attention_mask: [batch, sequence] int64.
+            pictures: see `encode_images`.
+
+        Raises:
+            SplitQError: the number of image tokens is not that of the pictures.
+        """
+        return self.image_layout.positions(
+            input_ids, attention_mask, _pictures(pictures), self.manifest["image_token_id"]
+        )
 
     def embed(self, input_ids: np.ndarray, image_features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token embeddings with the image rows merged in.
@@ -119,10 +140,10 @@ class ExportedModel:
             SplitQError: the number of image tokens is not the number of image rows.
         """
         wanted = int((input_ids == self.manifest["image_token_id"]).sum())
-        rows = image_features.shape[0] * image_features.shape[1]
+        rows = int(np.prod(image_features.shape[:-1]))
         if wanted != rows:
             raise SplitQError(
-                f"prompt: expected {rows} image tokens for {image_features.shape[0]} images, got {wanted}; "
+                f"prompt: expected {rows} image tokens for the images, got {wanted}; "
                 "give one image an image placeholder"
             )
         outputs = self.run("embed_tokens", {"input_ids": input_ids, "image_features": image_features})
@@ -155,6 +176,7 @@ class ExportedModel:
         modality: np.ndarray,
         attention_mask: np.ndarray,
         cache: Cache,
+        positions: np.ndarray | None = None,
         *,
         logits_to_keep: int = 0,
     ) -> tuple[np.ndarray, Cache]:
@@ -166,6 +188,7 @@ class ExportedModel:
             attention_mask: [batch, past + sequence] int64, 0 for padding, which may lie between tokens: positions
                 count what is not padding.
             cache: what the call before returned, or `empty_cache`.
+            positions: of the new tokens, a part of what `positions` gave; none: they follow those of the cache.
             logits_to_keep: last positions whose logits are wanted, 0 for all.
 
         Returns:
@@ -174,7 +197,14 @@ class ExportedModel:
         Raises:
             SplitQError: ONNX Runtime refused the inputs.
         """
-        positions = np.maximum(attention_mask.cumsum(-1) - 1, 0)[:, cache.length :]
+        shift, real = cache.shift, attention_mask[:, cache.length :]
+        if positions is not None:
+            shift = np.where(real, positions.max(0), -1).max(-1) + 1 - attention_mask.sum(-1)
+        else:
+            positions = np.maximum(attention_mask.cumsum(-1) - 1, 0)[:, cache.length :]
+            if self.image_layout.mrope:
+                ahead = 0 if shift is None else shift[:, None]
+                positions = np.stack([np.where(real, positions + ahead, 0)] * 3)
         feeds: dict[str, Any] = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -188,7 +218,12 @@ class ExportedModel:
         session = self.session("decoder")
         with _failures("decoder"):
             logits, grown = cache.step(session, feeds)
+        grown.shift = shift
         return (logits if trims else logits[:, -logits_to_keep:]), grown
+
+
+def _pictures(given: np.ndarray | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"pixel_values": given} if isinstance(given, np.ndarray) else dict(given)
 
 
 @contextmanager

@@ -196,7 +196,9 @@ def save_processor(model_type: str, folder: Path) -> None:
             "max_pixels": 112 * 168,
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
+        # As in the family's own template, something stands between the image tokens of two pictures.
+        template = CHAT_TEMPLATE.replace("<image>", "[<image>]")
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
 
 
 def save_checkpoint(

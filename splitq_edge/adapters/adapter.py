@@ -37,8 +37,9 @@ class ModelAdapter:
         projector_module: module between the vision encoder and the language model.
         projector: its linears.
         pixel_layout: how the processor lays out pixel_values: "images" [images, 3, height, width], "tiles" [chats,
-            tiles, 3, height, width] or "patches" [patches, channels]. The vision graph of the first two takes images or
-            tiles alone; "patches" come with sizes that it would need too, so they cannot be exported yet.
+            tiles, 3, height, width] or "patches" [patches, channels] with the pictures' sizes beside them, see
+            `splitq_edge.image_layout`.
+        mrope: whether the language model's positions have three axes (`splitq_edge.mrope`).
         image_only_processor: transformers class that makes the same inputs of text and images as the family's own
             processor and is loaded in its place: the family's own needs packages for videos, torchvision among them,
             here and where the exported folder runs.
@@ -60,6 +61,7 @@ class ModelAdapter:
     projector_module: str = ""
     projector: tuple[str, ...] = ()
     pixel_layout: str = ""
+    mrope: bool = False
     image_only_processor: str = ""
 
     def site_name(self, block: int, site: Site) -> str:

@@ -16,5 +16,6 @@ ADAPTER = ModelAdapter(
     final_norm="model.language_model.norm",
     image_token_field="image_token_id",
     pixel_layout="patches",
+    mrope=True,
     image_only_processor="PaddleOCRVLProcessor",
 )

@@ -17,7 +17,7 @@ import numpy as np
 from splitq_edge.evaluate.likelihood import Forced, TopTokens, force
 from splitq_edge.evaluate.prompts import Prompts, left_padded, right_padded, shared_prefix
 from splitq_edge.evaluate.tasks import Answer, Question
-from splitq_edge.tiles import image_tiles, model_pixels
+from splitq_edge.image_layout import Arrays, ImageLayout, join
 
 if TYPE_CHECKING:
     from splitq_edge.runtime_ops.cache import Cache
@@ -115,10 +115,10 @@ class _Chunk:
             for question, reference in zip(questions, known, strict=True)
         ]
 
-    def pixels(self, form: Callable[[np.ndarray, np.ndarray | None], np.ndarray]) -> list[np.ndarray]:
-        """Of each picture, its image or its tiles along the first axis; form: `image_tiles` or `model_pixels`."""
+    def pictures(self, layout: ImageLayout) -> list[Arrays]:
+        """Each picture by itself, see `ImageLayout.pictures`."""
         made = (self._processor.image_processor(images=[picture], return_tensors="np") for picture in self._pictures)
-        return [form(encoded["pixel_values"], encoded.get("pixel_attention_mask")) for encoded in made]
+        return [layout.pictures(encoded) for encoded in made]
 
     def batches(self) -> Iterator[list[int]]:
         """Numbers of questions of about the same length, so that little is padding."""
@@ -127,16 +127,22 @@ class _Chunk:
             yield order[start : start + BATCH]
 
 
-def _groups(pixels: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+def _groups(pictures: list[Arrays]) -> Iterator[list[Arrays]]:
     """Pictures that one run of the vision encoder takes: at most `CHUNK_IMAGES` tiles, or one picture."""
-    group: list[np.ndarray] = []
-    for picture in pixels:
-        if group and sum(map(len, group)) + len(picture) > CHUNK_IMAGES:
+    group: list[Arrays] = []
+    for picture in pictures:
+        if group and sum(map(_images, group)) + _images(picture) > CHUNK_IMAGES:
             yield group
             group = []
         group.append(picture)
     if group:
         yield group
+
+
+def _images(picture: Arrays) -> int:
+    """Images or tiles of a picture; packed patches are one."""
+    pixels = picture["pixel_values"]
+    return len(pixels) if pixels.ndim == 4 else 1
 
 
 def _forced(logits: np.ndarray, rows: Sequence[_Asked], image_token_id: int | None) -> list[Forced]:
@@ -189,33 +195,39 @@ class OrtBackend:
     def answer(self, questions: Sequence[Question], references: References = None) -> list[Answer]:
         """See `Backend.answer`."""
         chunk = _Chunk(questions, self._prompts, references)
-        features = [part for group in _groups(chunk.pixels(image_tiles)) for part in self._encode(group)]
+        pictures = chunk.pictures(self.model.image_layout)
+        features = [part for group in _groups(pictures) for part in self._encode(group)]
         start = shared_prefix([asked.prompt for asked in chunk.asked], self._image_token) if self._exact_cache else 0
-        prefix = self._prefill(chunk.asked[0].prompt[:start], features) if start else None
+        prefix = self._prefill(chunk.asked[0].prompt[:start], features, pictures) if start else None
         answers: dict[int, Answer] = {}
         for batch in chunk.batches():
             rows = [chunk.asked[index] for index in batch]
             images = [asked.image for asked in rows]
             cache = self.model.empty_cache(len(rows)) if prefix is None else prefix.take(np.array(images))
             shown = np.concatenate([features[image] for image in images])
-            answers.update(zip(batch, self._batch(rows, shown, cache), strict=True))
+            own = join([pictures[image] for image in images])
+            answers.update(zip(batch, self._batch(rows, shown, own, cache), strict=True))
         return [answers[index] for index in range(len(questions))]
 
-    def _encode(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
+    def _encode(self, pictures: list[Arrays]) -> list[np.ndarray]:
         """Image features of each picture."""
-        features = self.model.encode_images(np.concatenate(pixels))
-        return np.split(features, np.cumsum([len(part) for part in pixels])[:-1])
+        layout = self.model.image_layout
+        features = self.model.encode_images(join(pictures))
+        sizes = [sum(layout.rows(picture)) if layout.flat else _images(picture) for picture in pictures]
+        return np.split(features, np.cumsum(sizes)[:-1])
 
-    def _prefill(self, prefix: list[int], features: list[np.ndarray]) -> Cache:
+    def _prefill(self, prefix: list[int], features: list[np.ndarray], pictures: list[Arrays]) -> Cache:
         """The cache behind the prompts' common prefix, one row an image."""
         ids = np.tile(np.array(prefix, np.int64), (len(features), 1))
+        mask = np.ones_like(ids)
         embeds, modality = self.model.embed(ids, np.concatenate(features))
         empty = self.model.empty_cache(len(ids), room=ids.shape[1])
-        return self.model.decode(embeds, modality, np.ones_like(ids), empty, logits_to_keep=1)[1]
+        positions = self.model.positions(ids, mask, join(pictures))
+        return self.model.decode(embeds, modality, mask, empty, positions, logits_to_keep=1)[1]
 
-    def _batch(self, rows: list[_Asked], features: np.ndarray, cache: Cache) -> list[Answer]:
+    def _batch(self, rows: list[_Asked], features: np.ndarray, pictures: Arrays, cache: Cache) -> list[Answer]:
         """Answers of rows whose first tokens are in the cache; an empty cache takes the image features."""
-        logits, mask, cache = self._teach(rows, features, cache)
+        logits, mask, cache = self._teach(rows, features, pictures, cache)
         forced = _forced(logits, rows, self._image_token)
         tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
         open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
@@ -226,7 +238,9 @@ class OrtBackend:
             self._generate([tokens[index] for index in open_rows], mask[open_rows], cache.take(np.array(open_rows)))
         return _answers(self.processor, rows, forced, tokens)
 
-    def _teach(self, rows: list[_Asked], features: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray, Cache]:
+    def _teach(
+        self, rows: list[_Asked], features: np.ndarray, pictures: Arrays, cache: Cache
+    ) -> tuple[np.ndarray, np.ndarray, Cache]:
         """Feed the rest of the prompts and the right answers.
 
         Returns:
@@ -240,13 +254,15 @@ class OrtBackend:
         ids, mask = np.concatenate([ids, answer_ids], -1), np.concatenate([mask, answer_mask], -1)
         answers = answer_ids.shape[1]
         embeds, modality = self.model.embed(ids, features[:0] if start else features)
+        positions = None if start else self.model.positions(ids, mask, pictures)
         width = ids.shape[1]
         ends, kept = ([width], answers + 1) if self._exact_cache else (range(width - answers, width + 1), 1)
         logits, begin = [], 0
         for end in ends:
             piece = slice(begin, end)
+            own = None if positions is None else positions[..., piece]
             part, cache = self.model.decode(
-                embeds[:, piece], modality[:, piece], mask[:, : start + end], cache, logits_to_keep=kept
+                embeds[:, piece], modality[:, piece], mask[:, : start + end], cache, own, logits_to_keep=kept
             )
             logits.append(part)
             begin = end
@@ -282,55 +298,67 @@ class TorchBackend:
         end = self.processor.tokenizer.eos_token_id if end is None else end
         self._ends = [int(token) for token in (end if isinstance(end, list) else [end]) if token is not None]
         self._prompts = Prompts(self.processor, self._ends)
+        self._layout = ImageLayout.of(self.loaded.adapter, self.loaded.model.config)
 
     def answer(self, questions: Sequence[Question], references: References = None) -> list[Answer]:
         """See `Backend.answer`; the model encodes an image again with every question, as transformers does."""
         import torch
 
         chunk = _Chunk(questions, self._prompts, references)
-        pixels = [torch.from_numpy(array) for array in chunk.pixels(model_pixels)]
+        pictures = chunk.pictures(self._layout)
         answers: dict[int, Answer] = {}
         with torch.inference_mode(), self.loaded.modality_from_inputs():
             for batch in chunk.batches():
                 rows = [chunk.asked[index] for index in batch]
-                images = [pixels[asked.image] for asked in rows]
+                images = [pictures[asked.image] for asked in rows]
                 answers.update(zip(batch, self._batch(rows, images), strict=True))
         return [answers[index] for index in range(len(questions))]
 
-    def _batch(self, rows: list[_Asked], pixels: list[Any]) -> list[Answer]:
-        logits = self._logits(rows, pixels)
+    def _batch(self, rows: list[_Asked], pictures: list[Arrays]) -> list[Answer]:
+        logits = self._logits(rows, join(pictures))
         forced = _forced(logits, rows, self.loaded.image_token_id)
         tokens = [_begun(asked, said) for asked, said in zip(rows, forced, strict=True)]
         open_rows = [index for index, row in enumerate(tokens) if not _ends(row, self._ends)]
         if open_rows:
             generated = self._generate(
-                [rows[index].prompt for index in open_rows], [pixels[index] for index in open_rows]
+                [rows[index].prompt for index in open_rows], join([pictures[index] for index in open_rows])
             )
             for index, row in zip(open_rows, generated, strict=True):
                 tokens[index] = row
         return _answers(self.processor, rows, forced, tokens)
 
-    def _logits(self, rows: list[_Asked], pixels: list[Any]) -> np.ndarray:
+    def _logits(self, rows: list[_Asked], pictures: Arrays) -> np.ndarray:
         """What predicts the right answers, [rows, longest answer, vocabulary] float32."""
-        import torch
-
         prompts = left_padded([asked.prompt for asked in rows], self._pad)
         answers = right_padded([asked.answer[:-1] for asked in rows], self._pad)
-        ids, mask = (torch.from_numpy(np.concatenate(pair, -1)) for pair in zip(prompts, answers, strict=True))
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        output = self.loaded.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=torch.cat(pixels), use_cache=False
-        )
-        return np.asarray(output.logits[:, prompts[0].shape[1] - 1 :].numpy())
+        ids, mask = (np.concatenate(pair, -1) for pair in zip(prompts, answers, strict=True))
+        inputs = self._inputs(ids, mask, pictures)
+        logits = self.loaded.model(**inputs, position_ids=self._positions(ids, mask, pictures), use_cache=False).logits
+        return np.asarray(logits[:, prompts[0].shape[1] - 1 :].numpy())
 
-    def _generate(self, prompts: list[list[int]], pixels: list[Any]) -> list[list[int]]:
+    def _positions(self, ids: np.ndarray, mask: np.ndarray, pictures: Arrays) -> Any:
         import torch
 
-        ids, mask = (torch.from_numpy(array) for array in left_padded(prompts, self._pad))
+        assert self.loaded.image_token_id is not None
+        found = self._layout.positions(ids, mask, pictures, self.loaded.image_token_id)
+        return torch.from_numpy(np.maximum(mask.cumsum(-1) - 1, 0) if found is None else found)
+
+    def _inputs(self, ids: np.ndarray, mask: np.ndarray, pictures: Arrays) -> dict[str, Any]:
+        import torch
+
+        assert self.loaded.image_token_id is not None
+        arrays = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            **self._layout.model_inputs(pictures),
+            **self._layout.token_types(ids, self.loaded.image_token_id),
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _generate(self, prompts: list[list[int]], pictures: Arrays) -> list[list[int]]:
+        ids, mask = left_padded(prompts, self._pad)
         tokens = self.loaded.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            pixel_values=torch.cat(pixels),
+            **self._inputs(ids, mask, pictures),
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
             suppress_tokens=[self.loaded.image_token_id],
