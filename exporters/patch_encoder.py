@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -20,9 +22,12 @@ class PatchEncoder(nn.Module):
     graph takes any number of pictures of any size, and local attention costs what its windows cost.
     """
 
+    embed_weight: torch.Tensor
+    inverse_frequencies: torch.Tensor
+
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
-        visual = loaded.model.get_submodule(loaded.adapter.vision_encoder)
+        visual: Any = loaded.model.get_submodule(loaded.adapter.vision_encoder)
         self.visual = visual
         # A convolution whose kernel is its stride is a matrix product over the patch.
         self.register_buffer("embed_weight", visual.patch_embed.proj.weight.detach().flatten(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from splitq_edge.errors import SplitQError
@@ -29,7 +31,7 @@ def mrope_positions(
     Raises:
         SplitQError: the image tokens are not those of the grids.
     """
-    waiting = [_picture(*map(int, grid), merge_size) for grid in grids]
+    waiting = [_picture([int(size) for size in grid], merge_size) for grid in grids]
     positions = np.zeros((3, *input_ids.shape), np.int64)
     used = 0
     for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
@@ -53,6 +55,7 @@ def mrope_positions(
     return positions
 
 
-def _picture(frames: int, height: int, width: int, merge_size: int) -> np.ndarray:
+def _picture(grid: Sequence[int], merge_size: int) -> np.ndarray:
     """Positions of a picture's image tokens from its own start, [3, tokens] int64."""
+    frames, height, width = grid
     return np.indices((frames, height // merge_size, width // merge_size)).reshape(3, -1)

@@ -23,6 +23,7 @@ from torch import nn
 
 QWEN_VIDEO_TOKEN_ID = VOCABULARY - 1
 QWEN_VISION_START_ID = VOCABULARY - 2
+QWEN_PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
 TILE_SIZE = 32
 TILE_TOKENS = 4  # image tokens a tile: (32 / 8) ** 2 / 2 ** 2
 TILE_MARKS = (  # of a SmolVLM's tokenizer; rows and columns as far as the tests cut
@@ -34,37 +35,47 @@ TILE_MARKS = (  # of a SmolVLM's tokenizer; rows and columns as far as the tests
 QWEN_GRID = (1, 8, 12)  # patches of 14 pixels in time, height and width; windows of 4 do not divide 12 / 2 evenly
 
 
+QWEN_TEXT = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE_TOKEN_ID,
+    "video_token_id": QWEN_VIDEO_TOKEN_ID,
+    "vision_start_token_id": QWEN_VISION_START_ID,
+}
+
+
 def tiny_qwen2_5_vl_config(*, tied: bool = True) -> Any:
     """Configuration of a Qwen2.5-VL with one window-attention and one full-attention vision block."""
     from transformers import Qwen2_5_VLConfig
 
-    return Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 96,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-        text_config={
-            "hidden_size": 96,
-            "intermediate_size": 160,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 3,
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": 256,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        image_token_id=IMAGE_TOKEN_ID,
-        video_token_id=QWEN_VIDEO_TOKEN_ID,
-        vision_start_token_id=QWEN_VISION_START_ID,
-        tie_word_embeddings=tied,
-    )
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 96,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    return Qwen2_5_VLConfig(vision_config=vision, text_config=QWEN_TEXT, tie_word_embeddings=tied, **QWEN_TOKENS)
+
+
+def tiny_qwen2_vl_config(*, tied: bool = True) -> Any:
+    """Configuration of a Qwen2-VL."""
+    from transformers import Qwen2VLConfig
+
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 96, "mlp_ratio": 2, "num_heads": 2}
+    return Qwen2VLConfig(vision_config=vision, text_config=QWEN_TEXT, tie_word_embeddings=tied, **QWEN_TOKENS)
 
 
 def tiny_smolvlm_config(*, model_type: str = "smolvlm", tied: bool = True) -> Any:
@@ -124,6 +135,7 @@ TINY_CONFIGS = {
     "llama": tiny_llama_config,
     "llava": tiny_llava_config,
     "qwen2_5_vl": tiny_qwen2_5_vl_config,
+    "qwen2_vl": tiny_qwen2_vl_config,
     "smolvlm": tiny_smolvlm_config,
 }
 
@@ -188,10 +200,10 @@ def save_processor(model_type: str, folder: Path) -> None:
         save_tile_processor(model_type, folder)
         return
     tiny_tokenizer().save_pretrained(folder)
-    if model_type == "qwen2_5_vl":
+    if model_type in QWEN_PROCESSORS:
         settings = {
             "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
+            "processor_class": QWEN_PROCESSORS[model_type],
             "min_pixels": 56 * 56,
             "max_pixels": 112 * 168,
         }
