@@ -128,7 +128,7 @@ def check_exportable(loaded: LoadedModel) -> int:
 
 
 def _vision_graph(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest) -> ir.Model:
-    layout = ImageLayout.of(loaded.adapter, loaded.model.config)
+    layout = loaded.image_layout
     pictures = _pictures(layout, request)
     twice = _tensors(layout.graph_inputs(join([pictures, pictures])))  # an axis of 1 would be taken as constant
 
@@ -274,7 +274,7 @@ def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
 
 
 def _parity_vision(loaded: LoadedModel, request: ExportRequest, parity: dict[str, np.ndarray]) -> torch.Tensor:
-    layout = ImageLayout.of(loaded.adapter, loaded.model.config)
+    layout = loaded.image_layout
     inputs = _tensors(layout.graph_inputs(_pictures(layout, request)))
     features = vision_encoder(loaded)(**inputs)
     _store(parity, "vision_encoder/image", inputs, {"image_features": features})
@@ -345,7 +345,7 @@ def _parity_decoder(
 
 def _positions(loaded: LoadedModel, request: ExportRequest) -> torch.Tensor:
     """Positions of the sample's tokens, [1, sequence] or with three axes [3, 1, sequence]."""
-    layout = ImageLayout.of(loaded.adapter, loaded.model.config)
+    layout = loaded.image_layout
     ids = request.sample["input_ids"].numpy()
     found = layout.positions(ids, np.ones_like(ids), _pictures(layout, request), check_exportable(loaded))
     return torch.arange(ids.shape[1])[None] if found is None else torch.from_numpy(found)
@@ -398,7 +398,7 @@ def _manifest(
             used = [site.groups["main"].activation_bits for site in sites.values()]
             limits[part] = parity_limit_db(min(used)) if used else FLOAT_LIMIT_DB
     eos, pad = _end_tokens(loaded)
-    layout = ImageLayout.of(loaded.adapter, loaded.model.config)
+    layout = loaded.image_layout
     return {
         "schema": EXPORT_SCHEMA,
         "splitq_edge": __version__,

@@ -18,7 +18,8 @@ from splitq_edge.quant.kv_cache import cache_tensors, dequantize_cache, head_dim
 
 def vision_encoder(loaded: LoadedModel) -> nn.Module:
     """The module whose graph makes image rows; its inputs are those of `ImageLayout.graph_inputs`."""
-    return PatchEncoder(loaded) if loaded.adapter.pixel_layout == "patches" else VisionEncoder(loaded)
+    kinds: dict[str, type[nn.Module]] = {"patches": PatchEncoder, "anyres": AnyresEncoder}
+    return kinds.get(loaded.adapter.pixel_layout, VisionEncoder)(loaded)
 
 
 class VisionEncoder(nn.Module):
@@ -49,6 +50,27 @@ class VisionEncoder(nn.Module):
         states = self.encoder(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         chosen = [states[layer][:, int(self.drop_class_token) :] for layer in self.layers]
         return self.projector(torch.cat(chosen, -1))  # [images, image_tokens, hidden]
+
+
+class AnyresEncoder(nn.Module):
+    """Tiles of all pictures -> image rows of the language model.
+
+    pixel_values [images, 3, height, width] float32, token_rows int64 [rows, 4] and token_weights float32 [rows, 4]
+    (`splitq_edge.anyres`) -> image_features [rows, hidden] float32: weighted sums of the tiles' rows and of the learned
+    row behind them that ends a line.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.tiles = VisionEncoder(loaded)
+        self.line_end = loaded.model.get_parameter(loaded.adapter.line_end)
+
+    def forward(
+        self, pixel_values: torch.Tensor, token_rows: torch.Tensor, token_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Image rows in the order of the pictures, [rows, hidden]."""
+        rows = torch.cat([self.tiles(pixel_values).flatten(0, 1), self.line_end[None]])
+        return (rows[token_rows] * token_weights[..., None]).sum(1)
 
 
 class FullTiles(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from splitq_edge.errors import SplitQError
+from splitq_edge.processors import load_image_only
 from splitq_edge.runtime_ops.cache import Cache
 from splitq_edge.runtime_ops.session import ExportedModel
 
@@ -128,10 +129,8 @@ def load_processor(folder: Path) -> Any:
     Raises:
         SplitQError: they cannot be loaded.
     """
-    from transformers import AutoProcessor
-
     try:
-        return AutoProcessor.from_pretrained(folder)
+        return load_image_only(folder)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise SplitQError(f"processor {folder}: cannot be loaded ({reason}); export the model again") from error

@@ -103,7 +103,8 @@ class ExportedModel:
         Returns:
             float32, [images, image_tokens, hidden], or [rows, hidden] where pictures differ in their number of rows.
         """
-        if pictures is None or "pixel_values" not in (found := _pictures(pictures)):
+        found = self._pictures(pictures)
+        if "pixel_values" not in found:
             tokens, hidden = self.manifest["image_tokens"], self.manifest["hidden_size"]
             return np.zeros((0, hidden) if tokens is None else (0, tokens, hidden), np.float32)
         feeds = self.image_layout.graph_inputs({**found, "pixel_values": found["pixel_values"].astype(np.float32)})
@@ -123,8 +124,14 @@ class ExportedModel:
             SplitQError: the number of image tokens is not that of the pictures.
         """
         return self.image_layout.positions(
-            input_ids, attention_mask, _pictures(pictures), self.manifest["image_token_id"]
+            input_ids, attention_mask, self._pictures(pictures), self.manifest["image_token_id"]
         )
+
+    def _pictures(self, given: np.ndarray | Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        if given is None:
+            return {}
+        named = {"pixel_values": given} if isinstance(given, np.ndarray) else given
+        return {name: named[name] for name in self.image_layout.names if name in named}
 
     def embed(self, input_ids: np.ndarray, image_features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token embeddings with the image rows merged in.
@@ -220,10 +227,6 @@ class ExportedModel:
             logits, grown = cache.step(session, feeds)
         grown.shift = shift
         return (logits if trims else logits[:, -logits_to_keep:]), grown
-
-
-def _pictures(given: np.ndarray | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"pixel_values": given} if isinstance(given, np.ndarray) else dict(given)
 
 
 @contextmanager

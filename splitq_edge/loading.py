@@ -18,7 +18,9 @@ from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.adapters.registry import adapter_for
 from splitq_edge.checkpoint import CheckpointWeights, safetensors_files
 from splitq_edge.errors import SplitQError
+from splitq_edge.image_layout import ImageLayout
 from splitq_edge.modality import ModalityContext, modality_of
+from splitq_edge.processors import image_only
 
 CPU = torch.device("cpu")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -52,6 +54,11 @@ class LoadedModel:
         """Id of the token that image features replace, None for a text-only model."""
         field = self.adapter.image_token_field
         return int(getattr(self.model.config, field)) if field else None
+
+    @property
+    def image_layout(self) -> ImageLayout:
+        """How pictures reach the model; of a text-only one it says nothing."""
+        return ImageLayout.of(self.adapter, self.model.config)
 
     @property
     def tokenizer(self) -> Any:
@@ -224,7 +231,7 @@ def _load_processor(source: str, revision: str | None, adapter: ModelAdapter, co
         return transformers.AutoProcessor.from_pretrained(source, revision=revision)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
     image_token = tokenizer.convert_ids_to_tokens(int(getattr(config, adapter.image_token_field)))
-    return getattr(transformers, adapter.image_only_processor).from_pretrained(
+    return image_only(adapter.image_only_processor).from_pretrained(
         source, revision=revision, extra_special_tokens={"image_token": image_token}
     )
 

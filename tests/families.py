@@ -26,6 +26,7 @@ QWEN_VISION_START_ID = VOCABULARY - 2
 QWEN_PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
 TILE_SIZE = 32
 TILE_TOKENS = 4  # image tokens a tile: (32 / 8) ** 2 / 2 ** 2
+PINPOINTS = [[TILE_SIZE, 2 * TILE_SIZE], [2 * TILE_SIZE, TILE_SIZE], [2 * TILE_SIZE] * 2, [TILE_SIZE, 3 * TILE_SIZE]]
 TILE_MARKS = (  # of a SmolVLM's tokenizer; rows and columns as far as the tests cut
     "<fake_token_around_image>",
     "<global-img>",
@@ -35,17 +36,22 @@ TILE_MARKS = (  # of a SmolVLM's tokenizer; rows and columns as far as the tests
 QWEN_GRID = (1, 8, 12)  # patches of 14 pixels in time, height and width; windows of 4 do not divide 12 / 2 evenly
 
 
-QWEN_TEXT = {
+LLAMA_TEXT = {
+    "model_type": "llama",
     "hidden_size": 96,
     "intermediate_size": 160,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "vocab_size": VOCABULARY,
-    "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+QWEN_TEXT = {
+    **{name: value for name, value in LLAMA_TEXT.items() if name not in ("model_type", "pad_token_id")},
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
 }
 QWEN_TOKENS = {
     "image_token_id": IMAGE_TOKEN_ID,
@@ -92,24 +98,60 @@ def tiny_smolvlm_config(*, model_type: str = "smolvlm", tied: bool = True) -> An
             "image_size": TILE_SIZE,
             "patch_size": 8,
         },
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 96,
-            "intermediate_size": 160,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 3,
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": 512,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
+        text_config=LLAMA_TEXT,
         scale_factor=2,
         image_token_id=IMAGE_TOKEN_ID,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        tie_word_embeddings=tied,
+    )
+
+
+def tiny_llava_next_config(*, tied: bool = True) -> Any:
+    """Configuration of a LLaVA-NeXT: tiles of 32 pixels, 4 x 4 patches each."""
+    from transformers import LlavaNextConfig
+
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": TILE_SIZE,
+        "patch_size": 8,
+        "projection_dim": 32,
+    }
+    return LlavaNextConfig(
+        vision_config=vision,
+        text_config={**LLAMA_TEXT, "tie_word_embeddings": tied},
+        image_token_index=IMAGE_TOKEN_ID,
+        image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=tied,
+    )
+
+
+def tiny_llava_onevision_config(*, tied: bool = True) -> Any:
+    """Configuration of a LLaVA-OneVision: tiles of 32 pixels, 4 x 4 patches each; maps of more than 2 tiles shrink."""
+    from transformers import LlavaOnevisionConfig
+
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": TILE_SIZE,
+        "patch_size": 8,
+        "vision_use_head": False,
+    }
+    return LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config={**LLAMA_TEXT, "model_type": "qwen2", "tie_word_embeddings": tied},
+        image_token_index=IMAGE_TOKEN_ID,
+        video_token_index=QWEN_VIDEO_TOKEN_ID,
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio="anyres_max_2",
         tie_word_embeddings=tied,
     )
 
@@ -134,6 +176,8 @@ TINY_CONFIGS = {
     "idefics3": partial(tiny_smolvlm_config, model_type="idefics3"),
     "llama": tiny_llama_config,
     "llava": tiny_llava_config,
+    "llava_next": tiny_llava_next_config,
+    "llava_onevision": tiny_llava_onevision_config,
     "qwen2_5_vl": tiny_qwen2_5_vl_config,
     "qwen2_vl": tiny_qwen2_vl_config,
     "smolvlm": tiny_smolvlm_config,
@@ -191,6 +235,32 @@ def save_tile_processor(model_type: str, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
+def save_anyres_processor(model_type: str, folder: Path) -> None:
+    """Files of a LLaVA-NeXT's or LLaVA-OneVision's processor."""
+    tiny_tokenizer().save_pretrained(folder)
+    name = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[model_type]
+    square = {"height": TILE_SIZE, "width": TILE_SIZE}
+    images = {
+        "image_processor_type": f"{name}ImageProcessor",
+        "processor_class": f"{name}Processor",
+        "image_grid_pinpoints": PINPOINTS,
+        "size": {"shortest_edge": TILE_SIZE} if model_type == "llava_next" else square,
+        "crop_size": square,
+    }
+    both = {"processor_class": f"{name}Processor", "image_token": "<image>"}
+    if model_type == "llava_next":
+        both |= {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    else:
+        both |= {
+            "num_image_tokens": (TILE_SIZE // 8) ** 2,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_2",
+        }
+    (folder / "preprocessor_config.json").write_text(json.dumps(images), encoding="utf-8")
+    (folder / "processor_config.json").write_text(json.dumps(both), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
 def save_processor(model_type: str, folder: Path) -> None:
     """Processor files as the family's checkpoints have them."""
     if model_type == "llava":
@@ -198,6 +268,9 @@ def save_processor(model_type: str, folder: Path) -> None:
         return
     if model_type in ("smolvlm", "idefics3"):
         save_tile_processor(model_type, folder)
+        return
+    if model_type in ("llava_next", "llava_onevision"):
+        save_anyres_processor(model_type, folder)
         return
     tiny_tokenizer().save_pretrained(folder)
     if model_type in QWEN_PROCESSORS:
@@ -237,6 +310,15 @@ def tiny_inputs(model_type: str) -> dict[str, torch.Tensor]:
         )
         pixels = torch.randn(4, 1, 3, TILE_SIZE, TILE_SIZE, generator=rng())
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    if model_type in ("llava_next", "llava_onevision"):
+        wide, tall = ([IMAGE_TOKEN_ID] * (16 + lines) for lines in (4 * 9, 8 * 5))  # small copy, lines with their ends
+        ids, mask = left_padded([prompt_ids("a") + wide + prompt_ids("what is it?"), prompt_ids() + tall])
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "pixel_values": torch.randn(6, 3, TILE_SIZE, TILE_SIZE, generator=rng()),
+            "image_sizes": torch.tensor([(TILE_SIZE, 2 * TILE_SIZE), (2 * TILE_SIZE, TILE_SIZE)]),
+        }
     patches = QWEN_GRID[0] * QWEN_GRID[1] * QWEN_GRID[2]
     image = [QWEN_VISION_START_ID, *[IMAGE_TOKEN_ID] * (patches // 4)]
     ids, mask = left_padded([prompt_ids() + image + prompt_ids("what is it?"), prompt_ids() + image + prompt_ids("a")])

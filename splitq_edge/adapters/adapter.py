@@ -37,12 +37,13 @@ class ModelAdapter:
         projector_module: module between the vision encoder and the language model.
         projector: its linears.
         pixel_layout: how the processor lays out pixel_values: "images" [images, 3, height, width], "tiles" [chats,
-            tiles, 3, height, width] or "patches" [patches, channels] with the pictures' sizes beside them, see
-            `splitq_edge.image_layout`.
+            tiles, 3, height, width]; with the pictures' sizes beside them "anyres" [pictures, tiles, 3, height, width]
+            or "patches" [patches, channels]; see `splitq_edge.image_layout`.
+        line_end: anyres: parameter with the row that ends every line of a picture.
         mrope: whether the language model's positions have three axes (`splitq_edge.mrope`).
-        image_only_processor: transformers class that makes the same inputs of text and images as the family's own
-            processor and is loaded in its place: the family's own needs packages for videos, torchvision among them,
-            here and where the exported folder runs.
+        image_only_processor: transformers class that is loaded as the family's processor, without its half for videos
+            where it has one: that needs torchvision, here and where the exported folder runs. It may be another
+            family's that makes the same inputs of text and images.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class ModelAdapter:
     projector_module: str = ""
     projector: tuple[str, ...] = ()
     pixel_layout: str = ""
+    line_end: str = ""
     mrope: bool = False
     image_only_processor: str = ""
 

@@ -1,10 +1,19 @@
 """The model types that can be quantized."""
 
-from splitq_edge.adapters import idefics3, llama, llava, qwen2_5_vl, qwen2_vl, smolvlm
+from splitq_edge.adapters import (
+    idefics3,
+    llama,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    smolvlm,
+)
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.errors import UnsupportedModelError
 
-FAMILIES = (idefics3, llama, llava, qwen2_5_vl, qwen2_vl, smolvlm)
+FAMILIES = (idefics3, llama, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, smolvlm)
 ADAPTERS: dict[str, ModelAdapter] = {family.ADAPTER.model_type: family.ADAPTER for family in FAMILIES}
 
 

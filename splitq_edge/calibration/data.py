@@ -13,7 +13,7 @@ import torch
 
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.tasks import TASKS, load_task, task_names
-from splitq_edge.tiles import model_pixels
+from splitq_edge.image_layout import ImageLayout
 
 Message = dict[str, Any]
 
@@ -142,21 +142,20 @@ def _parse_message(folder: Path, message: Message) -> Message:
     return {"role": message["role"], "content": parts}
 
 
-def encode_sample(processor: Any, sample: CalibrationSample) -> dict[str, torch.Tensor]:
+def encode_sample(processor: Any, sample: CalibrationSample, layout: ImageLayout) -> dict[str, torch.Tensor]:
     """Model inputs of one conversation, answer included (answer tokens count as text).
 
     Returns:
-        What `model(**inputs)` takes: input_ids [1, sequence], attention_mask, pixel_values (see `model_pixels`), ...;
+        What `model(**inputs)` takes: input_ids [1, sequence], attention_mask, those of `ImageLayout.model_inputs`, ...;
         and "answer" [1, sequence] bool, the tokens of the last assistant turn.
 
     Raises:
         SplitQError: an image cannot be read or the processor refuses the chat.
     """
     encoded = _render(processor, sample, list(sample.messages), generate=False)
-    if "pixel_values" in encoded:
-        mask = encoded.pop("pixel_attention_mask", None)
-        pixels = model_pixels(encoded["pixel_values"].numpy(), None if mask is None else mask.numpy())
-        encoded["pixel_values"] = torch.from_numpy(pixels)
+    pictures = layout.model_inputs(layout.pictures(encoded))
+    encoded.pop("pixel_attention_mask", None)
+    encoded.update({name: torch.from_numpy(array) for name, array in pictures.items()})
     answer = torch.zeros_like(encoded["input_ids"], dtype=torch.bool)
     if sample.messages[-1]["role"] == "assistant":
         prompt = _render(processor, sample, list(sample.messages[:-1]), generate=True)["input_ids"]

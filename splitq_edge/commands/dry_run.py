@@ -28,7 +28,10 @@ def print_estimate(options: ExportOptions, console: Console) -> None:
         raise SplitQError("--dry-run: expected a scheme to calibrate, got none; a float export has nothing to estimate")
     samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
     loaded = load_model(options.model, revision=options.revision, lazy=True)
-    lengths = [encode_sample(loaded.processor, sample)["input_ids"].shape[1] for sample in samples[:TOKEN_SAMPLES]]
+    lengths = [
+        encode_sample(loaded.processor, sample, loaded.image_layout)["input_ids"].shape[1]
+        for sample in samples[:TOKEN_SAMPLES]
+    ]
     tokens = round(sum(lengths) / len(lengths) * len(samples))
     found = estimate(loaded, config, tokens=tokens, samples=len(samples), packed=options.flavour == "packed")
     table = Table(box=box.SIMPLE, show_header=False)

@@ -93,7 +93,10 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
         check_exportable(loaded)
     with progress_bars(console) as progress:
         task = progress.add_task("encode samples", total=len(samples))
-        encoded = [encode_sample(loaded.processor, sample) for sample in progress.track(samples, task_id=task)]
+        encoded = [
+            encode_sample(loaded.processor, sample, loaded.image_layout)
+            for sample in progress.track(samples, task_id=task)
+        ]
         sample = next((inputs for inputs in encoded if "pixel_values" in inputs), None)
         if sample is None:
             raise SplitQError("calibration: expected at least one sample with an image, got none; add one")

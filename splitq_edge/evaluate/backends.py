@@ -298,7 +298,7 @@ class TorchBackend:
         end = self.processor.tokenizer.eos_token_id if end is None else end
         self._ends = [int(token) for token in (end if isinstance(end, list) else [end]) if token is not None]
         self._prompts = Prompts(self.processor, self._ends)
-        self._layout = ImageLayout.of(self.loaded.adapter, self.loaded.model.config)
+        self._layout = self.loaded.image_layout
 
     def answer(self, questions: Sequence[Question], references: References = None) -> list[Answer]:
         """See `Backend.answer`; the model encodes an image again with every question, as transformers does."""

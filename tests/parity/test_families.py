@@ -29,7 +29,7 @@ from splitq_edge.runtime_ops.verify import verify_files, verify_parity
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+FAMILIES = ("llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl")
 WITH_NATIVE = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1" or library_path() is not None
 STEPS = 8
 SIZES = {"wide": (150, 60), "square": (90, 90), "tall": (40, 130)}
@@ -76,8 +76,10 @@ def samples(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     folder = write_chats(tmp_path_factory.mktemp("calibration") / "chats", 3)
     for index, shape in enumerate(SIZES):
         picture(shape, index).save(folder / f"{index}.png")
-    processor = load_model(str(checkpoint), lazy=True).processor
-    return [encode_sample(processor, sample) for sample in load_samples(str(folder), 3, seed=0)]
+    loaded = load_model(str(checkpoint), lazy=True)
+    return [
+        encode_sample(loaded.processor, sample, loaded.image_layout) for sample in load_samples(str(folder), 3, seed=0)
+    ]
 
 
 @pytest.fixture(scope="module")

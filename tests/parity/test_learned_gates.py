@@ -13,6 +13,7 @@ from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.data import encode_sample, load_samples
 from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.config import preset
+from splitq_edge.image_layout import ImageLayout
 from splitq_edge.learning.reconstruct import BlockResult, BlockTask, block_error
 from splitq_edge.loading import load_model
 from splitq_edge.parallel import Processes
@@ -54,7 +55,10 @@ def test_learned_cws_and_mac_beat_the_fixed_svd_at_most_sites(tmp_path: Path, mo
 
     monkeypatch.setattr(runner, "learn_block", learn_and_compare)
     loaded = load_model(str(MODEL))
-    encoded = [encode_sample(loaded.processor, sample) for sample in load_samples("easyvqa", SAMPLES, seed=0)]
+    encoded = [
+        encode_sample(loaded.processor, sample, ImageLayout("images"))
+        for sample in load_samples("easyvqa", SAMPLES, seed=0)
+    ]
     config = preset("W3A3")
     config = replace(config, rounding="nearest", learning=replace(config.learning, epochs=EPOCHS))
     state = CalibrationState(tmp_path / "state", {})

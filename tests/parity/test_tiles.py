@@ -27,6 +27,7 @@ from splitq_edge.exporters import export_folder
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
 from splitq_edge.exporters.onnx_export import trace
 from splitq_edge.exporters.parts import VisionEncoder
+from splitq_edge.image_layout import ImageLayout
 from splitq_edge.loading import LoadedModel, load_model
 from splitq_edge.runtime_ops import library_path
 from splitq_edge.runtime_ops.generate import Generator, greedy_tokens
@@ -75,7 +76,7 @@ def samples(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     for index, shape in enumerate(SIZES):
         picture(shape, index).save(folder / f"{index}.png")
     processor = load_model(str(checkpoint), lazy=True).processor
-    return [encode_sample(processor, sample) for sample in load_samples(str(folder), 3, seed=0)]
+    return [encode_sample(processor, sample, ImageLayout("tiles")) for sample in load_samples(str(folder), 3, seed=0)]
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +250,7 @@ def test_a_black_tile_of_zeros_is_a_tile(export: Export, tmp_path: Path, monkeyp
     half = np.zeros((64, 64, 3), np.uint8)
     half[:, 40:] = 200
     Image.fromarray(half).save(folder / "0.png")
-    sample = encode_sample(processor, load_samples(str(folder), 1, seed=0)[0])
+    sample = encode_sample(processor, load_samples(str(folder), 1, seed=0)[0], ImageLayout("tiles"))
     del sample["answer"]
     assert sample["pixel_values"].shape == (TILES["square"], 1, 3, TILE_SIZE, TILE_SIZE)
     assert any(tile.abs().max() < 1e-30 for tile in sample["pixel_values"])

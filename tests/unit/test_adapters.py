@@ -20,6 +20,8 @@ LINEARS = {
     "idefics3": 2 * 6 + 1 + 2 * 7 + 1,
     "llama": 2 * 7 + 1,
     "llava": 2 * 6 + 2 + 2 * 7 + 1,
+    "llava_next": 2 * 6 + 2 + 2 * 7 + 1,
+    "llava_onevision": 2 * 6 + 2 + 2 * 7 + 1,
     "qwen2_5_vl": 2 * 5 + 2 + 2 * 7 + 1,
     "qwen2_vl": 2 * 4 + 2 + 2 * 7 + 1,
     "smolvlm": 2 * 6 + 1 + 2 * 7 + 1,
