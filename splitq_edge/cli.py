@@ -292,13 +292,16 @@ def _measure_rows(rows: Any, options: dict[str, Any]) -> None:
     metavar="NAMES",
     help="Schemes, with commas between.",
 )
+@click.option(
+    "--epochs", type=click.IntRange(min=0), help="Epochs of the methods that learn instead of the preset's; 0: none."
+)
 @_table_options
 @_reports_errors
-def table(methods: tuple[str, ...], schemes: tuple[str, ...], **options: Any) -> None:
+def table(methods: tuple[str, ...], schemes: tuple[str, ...], epochs: int | None, **options: Any) -> None:
     """Measure MODEL (folder or hub id) in float32 and with every method at every scheme, in the native kernels."""
     from splitq_edge.commands.table import method_rows
 
-    _measure_rows(method_rows(methods, schemes), options)
+    _measure_rows(method_rows(methods, schemes, epochs=epochs), options)
 
 
 @main.command()

@@ -78,16 +78,23 @@ class Measurement:
         return self.config is None
 
 
-def method_rows(methods: tuple[str, ...], schemes: tuple[str, ...]) -> list[Measurement]:
-    """The float model, then every method at every scheme."""
-    return [
-        Measurement(*FLOAT, None),
-        *(
-            Measurement(method, scheme, method_config(method, preset(scheme)))
-            for scheme in schemes
-            for method in methods
-        ),
-    ]
+def method_rows(methods: tuple[str, ...], schemes: tuple[str, ...], *, epochs: int | None = None) -> list[Measurement]:
+    """The float model, then every method at every scheme.
+
+    Args:
+        methods: names of the registry.
+        schemes: presets.
+        epochs: of the methods that learn, instead of the preset's; their labels say so.
+    """
+    rows = [Measurement(*FLOAT, None)]
+    for scheme in schemes:
+        for method in methods:
+            config, label = method_config(method, preset(scheme)), method
+            if epochs is not None and config.learning.epochs:
+                config = replace(config, learning=replace(config.learning, epochs=epochs))
+                label += f", {epochs} epochs"
+            rows.append(Measurement(label, scheme, config))
+    return rows
 
 
 def ablation_rows(table: str, scheme: str, *, epochs: int | None, transform: str | None) -> list[Measurement]:

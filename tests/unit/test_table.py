@@ -28,6 +28,7 @@ class Fakes:
     def __init__(self) -> None:
         self.exported: list[Pair] = []
         self.options: list[Any] = []
+        self.configs: list[QuantConfig | None] = []
         self.folders: list[Path] = []
         self.fail: dict[Pair, BaseException] = {}
         self.eval_error: Exception | None = None
@@ -35,6 +36,7 @@ class Fakes:
     def run_export(self, options: Any, _console: Console, config: QuantConfig | None) -> dict[str, Any]:
         pair = ("fp32" if config is None else config.method, options.scheme)
         self.options.append(options)
+        self.configs.append(config)
         self.exported.append(pair)
         self.folders.append(options.out)
         options.out.mkdir()
@@ -121,6 +123,16 @@ def test_every_method_is_measured_at_every_scheme_after_the_float_model(
     }
     assert {(options.calib, options.calib_samples, options.seed) for options in fakes.options} == {("easyvqa", 7, 3)}
     assert result.output.count("75.00 ± 1.00") == len(ALL)
+
+
+def test_fewer_epochs_are_those_of_methods_that_learn_and_in_their_labels(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    result = run("--epochs", "2")
+    assert result.exit_code == 0, result.output
+    labels = ["fp32", "rtn", "splitq, 2 epochs", "rtn", "splitq, 2 epochs"]
+    assert [row["method"] for row in rows(tmp_path)] == labels
+    assert [None if config is None else config.learning.epochs for config in fakes.configs] == [None, 0, 2, 0, 2]
 
 
 def test_several_tasks_share_one_export_a_row(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
