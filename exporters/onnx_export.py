@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 import torch
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from splitq_edge.errors import SplitQError
@@ -16,6 +19,33 @@ from splitq_edge.exporters.symbolic import translation_table
 
 OPSET = 21  # first opset with 4-bit integers
 IR_VERSION = 10  # first IR with function overloads
+ROUNDS = 2  # a rewritten node may leave something to fold
+RULES = (
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.mul_by_1_rule,
+    rules.div_by_1_rule,
+    rules.dropout_inference_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.no_op_expand_rule,
+    *rules.expand_before_binary_op_rules,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.flatten_to_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.one_reshape_matmul_reshape_rule,
+    rules.two_reshapes_matmul_reshape_rule,
+    rules.no_op_dynamic_scatter_nd_rule,
+    rules.no_op_static_scatter_nd_rule,
+)
 
 
 def trace(
@@ -53,13 +83,42 @@ def trace(
             output_names=list(output_names),
             dynamic_shapes=dynamic,
             custom_translation_table=translation_table(),
-            optimize=True,
+            optimize=False,  # `simplify` does it, and in time that grows with the graph and not with its square
             verbose=False,
         )
-    assert program is not None  # only the legacy exporter returns none
-    model = program.model
+        assert program is not None  # only the legacy exporter returns none
+        model = program.model
+        simplify(model)
     model.ir_version = max(model.ir_version, IR_VERSION)
     return model
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold constants, merge and drop nodes, as `onnxscript.optimizer.optimize` does with more rules.
+
+    One that it has, slice_split, lists all nodes of the graph at every node, which costs minutes at thirty layers, and
+    finds nothing here.
+
+    Args:
+        model: changed in place.
+    """
+    common_passes.InlinePass()(model)
+    for _ in range(ROUNDS):
+        folded = optimizer.fold_constants(model, onnx_shape_inference=True)
+        applied = rewriter.RewritePass(RULES)(model)
+        common_passes.RemoveUnusedNodesPass()(model)
+        if not (folded.modified or applied.modified):
+            break
+    ir.passes.Sequential(
+        common_passes.RemoveUnusedFunctionsPass(),
+        common_passes.RemoveUnusedOpsetsPass(),
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common_passes.LiftSubgraphInitializersToMainGraphPass(),
+        common_passes.DeduplicateInitializersPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.OutputFixPass(),
+        common_passes.NameFixPass(),
+    )(model)
 
 
 def check_axes(model: ir.Model, axes: dict[str, dict[int, str]]) -> None:
