@@ -222,6 +222,11 @@ def run(
 @click.option("--json", "json", type=PATH, help="Write the result to this file.")
 @click.option("--save-reference", type=PATH, help="Write what MODEL holds likely (.npz), for --reference.")
 @click.option("--reference", type=PATH, help="File of --save-reference: also report the KL divergence from its model.")
+@click.option(
+    "--state", type=PATH, help="With --backend torch: the calibration that export --keep-state left, simulated."
+)
+@click.option("--save-answers", type=PATH, help="Write every question with its answer to this file (JSON lines).")
+@click.option("--answers", type=PATH, help="File of --save-answers: also report how many answers are the same.")
 @_reports_errors
 def evaluate(**options: Any) -> None:
     """Accuracy and NLL of MODEL (checkpoint with --backend torch, else an exported folder) on held-out questions."""

@@ -55,6 +55,21 @@ class CalibrationState:
         self.folder = folder
         self.header = {"schema": STATE_SCHEMA, **header}
 
+    @classmethod
+    def recorded(cls, folder: Path) -> CalibrationState:
+        """The state that is in a folder.
+
+        Raises:
+            SplitQError: there is none.
+            ArtifactError: it cannot be read.
+        """
+        path = folder / HEADER_FILE
+        if not path.is_file():
+            raise SplitQError(
+                f"calibration state {folder}: expected {HEADER_FILE}, found none; export --keep-state leaves one"
+            )
+        return cls(folder, cls._read(path))
+
     def start(self, *, resume: bool) -> int:
         """Prepare the folder; returns how many blocks it already holds.
 

@@ -15,10 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from splitq_edge.artifacts import EXPORT_FILE, check_writable, write_json
+from splitq_edge.calibration.state import CalibrationState
+from splitq_edge.commands.export import weights_digest
+from splitq_edge.config import QuantConfig
+from splitq_edge.convert import QuantizedModel, assemble, effective_bits
 from splitq_edge.errors import SplitQError
+from splitq_edge.evaluate.answers import read_answers, rows_of, same_share, write_answers
 from splitq_edge.evaluate.backends import Backend, OrtBackend, TorchBackend, answer_all
 from splitq_edge.evaluate.likelihood import load_reference, save_reference
 from splitq_edge.evaluate.tasks import Question, load_task, score, task_names
+from splitq_edge.loading import LoadedModel, load_model
 
 RESULT_SCHEMA = 1
 
@@ -36,6 +42,9 @@ class EvalOptions:
     json: Path | None
     reference: Path | None = None
     save_reference: Path | None = None
+    state: Path | None = None
+    answers: Path | None = None
+    save_answers: Path | None = None
 
 
 def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
@@ -44,13 +53,15 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     Raises:
         SplitQError: model, task, backend or limit is not usable.
     """
-    for path in (options.json, options.save_reference):
+    for path in (options.json, options.save_reference, options.save_answers):
         if path is not None:
             check_writable(path)
     asked = {name: pick(load_task(name, "test"), options.limit, options.seed) for name in task_names(options.task)}
     questions = [question for part in asked.values() for question in part]
     key = f"{options.task}, {len(questions)} questions, seed {options.seed}"
     references = None if options.reference is None else load_reference(options.reference, key)
+    if options.answers is not None:
+        read_answers(options.answers)  # a wrong file costs no evaluation
     backend, scheme, bits = _open(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -72,7 +83,15 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
         begin += len(part)
     if len(asked) > 1:
         result["average"] = average(list(result["tasks"].values()))
+    rows = rows_of(asked, answers)
+    if options.answers is not None:
+        result["same_answers"] = same_share(options.answers, rows)
     console.print(result_table(result))
+    if options.answers is not None:
+        share = result["same_answers"]
+        console.print(f"{100 * share:.2f} % of the answers are those of {options.answers}", soft_wrap=True)
+    if options.save_answers is not None:
+        write_answers(options.save_answers, rows)
     if options.save_reference is not None:
         save_reference(options.save_reference, key, [answer.top for answer in answers if answer.top is not None])
     if options.json is not None:
@@ -110,10 +129,38 @@ def _open(options: EvalOptions) -> tuple[Backend, str, float]:
                 f"evaluation: backend torch: expected a checkpoint, {options.model} is an exported folder; "
                 "use --backend ort or ort-functions"
             )
-        return TorchBackend(options.model), "none", 32.0
+        loaded = load_model(options.model)
+        if options.state is None:
+            return TorchBackend(loaded), "none", 32.0
+        quantized = simulation(loaded, options.model, options.state)
+        return TorchBackend(loaded), quantized.config.scheme, effective_bits(quantized.sites)
+    if options.state is not None:
+        raise SplitQError(f"evaluation: --state: expected --backend torch, got {options.backend}; leave one out")
     backend = OrtBackend(Path(options.model), native=options.backend == "ort", threads=options.threads)
     manifest = backend.model.manifest
     return backend, manifest["scheme"], manifest["effective_bits"]
+
+
+def simulation(loaded: LoadedModel, model: str, folder: Path) -> QuantizedModel:
+    """Put the sites of a finished calibration into a model: what torch says that an export computes.
+
+    Args:
+        loaded: the float model, changed in place.
+        model: where it was loaded from.
+        folder: state folder that `export --keep-state` left.
+
+    Raises:
+        SplitQError: no calibration there, one that is not finished, or one of other weights.
+    """
+    state = CalibrationState.recorded(folder)
+    if state.finished() != loaded.block_count:
+        raise SplitQError(
+            f"calibration state {folder}: expected {loaded.block_count} finished blocks, got {state.finished()}; "
+            "finish it with export --resume"
+        )
+    if state.header["weights"] != weights_digest(Path(model)):
+        raise SplitQError(f"calibration state {folder}: expected that of {model}, got one of other weights")
+    return assemble(loaded, QuantConfig.from_dict(state.header["recipe"]), state)
 
 
 def result_table(result: dict[str, Any]) -> Table:

@@ -185,7 +185,7 @@ def _header(
         "model": Path(options.model).resolve().name,
         "revision": options.revision,
         "model_config": hashlib.sha256(repr(model_config).encode()).hexdigest(),
-        "weights": _weights_digest(Path(options.model)),
+        "weights": weights_digest(Path(options.model)),
         "recipe": config.to_dict(),
         "seed": options.seed,
         "samples": len(samples),
@@ -193,7 +193,7 @@ def _header(
     }
 
 
-def _weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """Of a local checkpoint's weight files: names, sizes and times of change, because gigabytes take long to read."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):

@@ -20,6 +20,7 @@ from splitq_edge.evaluate.tasks import Answer, Question
 from splitq_edge.image_layout import Arrays, ImageLayout, join
 
 if TYPE_CHECKING:
+    from splitq_edge.loading import LoadedModel
     from splitq_edge.runtime_ops.cache import Cache
 
 MAX_NEW_TOKENS = 8
@@ -283,16 +284,16 @@ class OrtBackend:
 
 
 class TorchBackend:
-    """A transformers checkpoint in torch, float32.
+    """A transformers model in torch, as float32 checkpoint or with quantized sites in it.
 
     Args:
-        source: folder or hub id.
+        model: folder or hub id, or a loaded model.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, model: str | LoadedModel) -> None:
         from splitq_edge.loading import load_model
 
-        self.loaded = load_model(source)
+        self.loaded = load_model(model) if isinstance(model, str) else model
         self.processor = self.loaded.processor
         end = self.loaded.model.generation_config.eos_token_id
         end = self.processor.tokenizer.eos_token_id if end is None else end

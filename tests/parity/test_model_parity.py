@@ -339,7 +339,9 @@ def test_image_placeholders_and_images_must_match(export: Export) -> None:
     model = export.engines["functions"]
     with pytest.raises(SplitQError, match=f"expected 0 image tokens for the images, got {IMAGE_TOKENS}"):
         ort_logits(model, ids, mask, None)
-    with pytest.raises(SplitQError, match=f"expected {2 * IMAGE_TOKENS} image tokens for the images, got {IMAGE_TOKENS}"):
+    with pytest.raises(
+        SplitQError, match=f"expected {2 * IMAGE_TOKENS} image tokens for the images, got {IMAGE_TOKENS}"
+    ):
         ort_logits(model, ids, mask, random_pixels(2))
     assert pixels is not None
 
