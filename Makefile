@@ -11,7 +11,7 @@ TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 SMOLVQA := build/models/smolvqa-135m
 SMOLVQA_TABLE := --task all --limit 500 --epochs 4 --results models/smolvqa-135m/results.json --work build/table-smolvqa
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-wheel test-arm64 test-arm64-model test-asan bench-kernels lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-wheel test-arm64 test-arm64-model test-js test-asan bench-kernels lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -67,6 +67,14 @@ test-arm64:
 # and a network.
 test-arm64-model: $(STAMP)
 	bash tests/cpp/arm64_model/run.sh build/arm64-model $(BIN)/python
+
+# easyvqa-tiny in transformers.js says what it says here; needs Node 20, npm and a network. Without them it tests nothing.
+test-js: $(DEV_STAMP)
+	@if ! command -v npm >/dev/null; then echo "test-js: skipped, npm is not installed"; else \
+	  mkdir -p build/js && cp tests/js/package.json tests/js/answers.mjs build/js && \
+	  npm install --prefix build/js --ignore-scripts --no-audit --no-fund --loglevel=error && \
+	  SPLITQ_NODE_MODULES=build/js $(BIN)/python -m pytest -q tests/js; \
+	fi
 
 # The kernel tests and two sessions used by four threads, under the address, undefined-behaviour and thread sanitizers.
 test-asan: $(STAMP)

@@ -20,6 +20,8 @@ from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_
 from splitq_edge.calibration.extra_sites import EXTRAS
 from splitq_edge.convert import QuantizedModel, effective_bits
 from splitq_edge.errors import SplitQError
+from splitq_edge.exporters.layouts.layout import ExportParts
+from splitq_edge.exporters.layouts.registry import layout_named
 from splitq_edge.exporters.onnx_export import check_axes, trace
 from splitq_edge.exporters.parts import CacheShape, Decoder, EmbedTokens, vision_encoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
@@ -28,6 +30,7 @@ from splitq_edge.exporters.passes.fuse_attention import fuse_attention
 from splitq_edge.exporters.passes.fuse_norm import fuse_norms
 from splitq_edge.exporters.passes.pack_attention import pack_attention
 from splitq_edge.exporters.passes.trim_logits import trim_logits
+from splitq_edge.exporters.quantization_config import quantization_config
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
 from splitq_edge.image_layout import Arrays, ImageLayout, join
@@ -63,6 +66,7 @@ class ExportRequest:
         seed: seed of the run, for export.json.
         attention: "fused" (one `com.microsoft::GroupQueryAttention` a layer, where the model allows it) or "standard"
             (ops of the ONNX standard alone).
+        layout: names and places of the files, see `splitq_edge.exporters.layouts`.
     """
 
     flavour: str
@@ -70,6 +74,7 @@ class ExportRequest:
     calibration: dict[str, object] | None
     seed: int
     attention: str = "fused"
+    layout: str = "flat"
 
 
 def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest, folder: Path) -> None:
@@ -90,27 +95,29 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         features = _parity_vision(loaded, request, parity)
         embeds, modality = _parity_embed(loaded, request, features, parity)
         sensitivity = _parity_decoder(loaded, quantized, request, (embeds, modality), parity)
-    parts = {
+    graphs = {
         "vision_encoder": _vision_graph(loaded, quantized, request),
         "embed_tokens": _embed_graph(loaded, features),
         "decoder": _decoder_graph(loaded, quantized, request, embeds.shape[-1]),
     }
-    attention = parts["decoder"].metadata_props.get("splitq.attention", "standard")
-    for name, model in parts.items():
+    attention = graphs["decoder"].metadata_props.get("splitq.attention", "standard")
+    parts = ExportParts(loaded, graphs, parity, _manifest(loaded, quantized, request, features, sensitivity, attention))
+    layout = layout_named(request.layout)
+    layout.adapt(parts)
+    for name, model in graphs.items():
         _describe(model, name, quantized, request)
-        ir.save(
-            model,
-            folder / f"{name}.onnx",
-            external_data=f"{name}.onnx.data",
-            size_threshold_bytes=EXTERNAL_BYTES,
-        )
+        path = folder / layout.file(name, parts.manifest)
+        path.parent.mkdir(exist_ok=True)
+        parts.manifest["parts"][name]["file"] = path.relative_to(folder).as_posix()
+        ir.save(model, path, external_data=path.name + layout.data_suffix, size_threshold_bytes=EXTERNAL_BYTES)
     np.savez(folder / PARITY_FILE, **parity)  # type: ignore[arg-type]
-    _write_companions(loaded, folder)
+    _write_companions(loaded, quantized, folder)
+    layout.write_companions(parts, folder)
     if quantized is not None:
         bits = effective_bits(quantized.sites)
         report = build_report(quantized.config.to_dict(), bits, quantized.reports, quantized.extra_reports)
         write_json(folder / REPORT_FILE, report)
-    write_json(folder / EXPORT_FILE, _manifest(loaded, quantized, request, folder, features, sensitivity, attention))
+    write_json(folder / EXPORT_FILE, {**parts.manifest, "files": file_table(folder)})
 
 
 def check_exportable(loaded: LoadedModel) -> int:
@@ -371,10 +378,14 @@ def _store(
             parity[f"{case}/{kind}/{name}"] = np.ascontiguousarray(tensor.detach().cpu().numpy())
 
 
-def _write_companions(loaded: LoadedModel, folder: Path) -> None:
+def _write_companions(loaded: LoadedModel, quantized: QuantizedModel | None, folder: Path) -> None:
     """Tokenizer, image processor, chat template, model and generation configuration."""
     loaded.processor.save_pretrained(folder)
     loaded.model.config.save_pretrained(folder)
+    if quantized is not None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**config, "quantization_config": quantization_config(quantized)})
     if getattr(loaded.model, "generation_config", None) is not None:
         loaded.model.generation_config.save_pretrained(folder)
 
@@ -383,11 +394,11 @@ def _manifest(
     loaded: LoadedModel,
     quantized: QuantizedModel | None,
     request: ExportRequest,
-    folder: Path,
     features: torch.Tensor,
     sensitivity: dict[str, float],
     attention: str,
 ) -> dict[str, Any]:
+    """export.json as the flat layout has it, without its list of files."""
     cache = cache_shape(loaded, quantized)
     limits = dict.fromkeys(("vision_encoder", "embed_tokens", "decoder"), FLOAT_LIMIT_DB)
     if quantized is not None:
@@ -402,11 +413,13 @@ def _manifest(
     return {
         "schema": EXPORT_SCHEMA,
         "splitq_edge": __version__,
-        "source": Path(loaded.source).name,
+        "source": Path(loaded.source).resolve().name,
+        "base_model": _name(loaded.base or loaded.source),
         "model_type": loaded.adapter.model_type,
         "method": None if quantized is None else quantized.config.method,
         "scheme": "none" if quantized is None else quantized.config.scheme,
         "flavour": request.flavour if quantized is not None else "float",
+        "layout": request.layout,
         "effective_bits": 32.0 if quantized is None else round(effective_bits(quantized.sites), 4),
         **{extra: _extra_entry(quantized, extra) for extra in EXTRAS},
         "recipe": None if quantized is None else quantized.config.to_dict(),
@@ -414,7 +427,6 @@ def _manifest(
         "seed": request.seed,
         "parts": {
             name: {
-                "file": f"{name}.onnx",
                 "parity_limit_db": limit,
                 **({"parity_case_limits_db": case_limits(limit, sensitivity)} if name == "decoder" else {}),
             }
@@ -437,8 +449,12 @@ def _manifest(
             "bits": cache.bits or 32,
         },
         "versions": _versions("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "numpy"),
-        "files": file_table(folder),
     }
+
+
+def _name(source: str) -> str:
+    """A hub id as it is, of a folder the name alone."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def _extra_entry(quantized: QuantizedModel | None, extra: str) -> dict[str, Any]:

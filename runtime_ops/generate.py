@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +87,29 @@ class Generator:
         tokens = {name: np.asarray(encoded[name]).astype(np.int64) for name in ("input_ids", "attention_mask")}
         return {**tokens, **self.model.image_layout.pictures(encoded)}
 
-    def stream(self, prompt: str, images: list[Any], *, max_new_tokens: int = 64) -> Iterator[str]:
+    def chat(self, prompt: str, images: list[Any]) -> dict[str, np.ndarray]:
+        """Model inputs of one question, see `prepare`.
+
+        Args:
+            prompt: the user's text.
+            images: PIL images, put before the text.
+        """
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+        return self.prepare([{"role": "user", "content": content}])
+
+    def stream(
+        self, prompt: str, images: list[Any], *, max_new_tokens: int = 64, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
         """Pieces of the greedy answer as they come.
 
         Args:
             prompt: the user's text.
             images: PIL images, put before the text.
             max_new_tokens: limit.
+            stop: the answer ends before the first of these texts.
         """
-        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
-        inputs = self.prepare([{"role": "user", "content": content}])
+        inputs = self.chat(prompt, images)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        tokens: list[int] = []
-        shown = ""
         steps = greedy_tokens(
             self.model,
             ids,
@@ -108,19 +118,42 @@ class Generator:
             max_new_tokens=max_new_tokens,
             positions=self.model.positions(ids, mask, inputs),
         )
-        for step in steps:
-            tokens.append(int(step[0]))
-            text = self.processor.decode(tokens, skip_special_tokens=True).lstrip()
-            if text.endswith("\ufffd"):  # half of a character: wait for the rest
-                continue
-            yield text[len(shown) :]
-            shown = text
-        if tokens:
-            yield self.processor.decode(tokens, skip_special_tokens=True).lstrip()[len(shown) :]
+        return answer_pieces(self.processor, (int(step[0]) for step in steps), stop)
 
     def answer(self, prompt: str, images: list[Any], *, max_new_tokens: int = 64) -> str:
         """The whole greedy answer."""
         return "".join(self.stream(prompt, images, max_new_tokens=max_new_tokens)).strip()
+
+
+def answer_pieces(processor: Any, tokens: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+    """Text of an answer, piece by piece, as its tokens come.
+
+    Args:
+        processor: decodes tokens.
+        tokens: ids of the answer's tokens.
+        stop: the answer ends before the first of these texts. A piece that may be the start of one waits for the rest.
+    """
+    seen: list[int] = []
+    shown = text = ""
+    for token in tokens:
+        seen.append(token)
+        text = processor.decode(seen, skip_special_tokens=True).lstrip()
+        end = min((place for place in map(text.find, stop) if place >= 0), default=-1)
+        if end >= 0:
+            text = text[:end]
+            break
+        whole = "" if text.endswith("\ufffd") else text  # half of a character: wait for the rest
+        whole = whole[: len(whole) - max((_begun(whole, word) for word in stop), default=0)]
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+            shown = whole
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+def _begun(text: str, word: str) -> int:
+    """How many characters at the end of a text are the beginning of a word."""
+    return next((count for count in range(len(word) - 1, 0, -1) if text.endswith(word[:count])), 0)
 
 
 def load_processor(folder: Path) -> Any:

@@ -82,6 +82,10 @@ class ExportedModel:
         version = tuple(int(number) for number in ort.__version__.split(".")[:2])
         return part == "decoder" and self.manifest.get("attention") == "fused" and version < FUSED_SINCE
 
+    def _inputs(self, part: str) -> dict[str, int]:
+        """Ranks of a graph's inputs by name."""
+        return {value.name: len(value.shape) for value in self.session(part).get_inputs()}
+
     def run(self, part: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one part on named inputs; outputs by name.
 
@@ -108,7 +112,15 @@ class ExportedModel:
             tokens, hidden = self.manifest["image_tokens"], self.manifest["hidden_size"]
             return np.zeros((0, hidden) if tokens is None else (0, tokens, hidden), np.float32)
         feeds = self.image_layout.graph_inputs({**found, "pixel_values": found["pixel_values"].astype(np.float32)})
-        return self.run("vision_encoder", feeds)["image_features"]
+        if "pixel_attention_mask" in self._inputs("vision_encoder"):  # the graph takes tiles by chat
+            tiles, _, *size = feeds["pixel_values"].shape
+            feeds = {
+                "pixel_values": feeds["pixel_values"][None],
+                "pixel_attention_mask": np.ones((1, tiles, *size), bool),
+            }
+        features = self.run("vision_encoder", feeds)["image_features"]
+        tokens = self.manifest["image_tokens"]
+        return features if tokens is None else features.reshape(-1, tokens, features.shape[-1])
 
     def positions(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, pictures: Mapping[str, np.ndarray]
@@ -146,15 +158,20 @@ class ExportedModel:
         Raises:
             SplitQError: the number of image tokens is not the number of image rows.
         """
-        wanted = int((input_ids == self.manifest["image_token_id"]).sum())
-        rows = int(np.prod(image_features.shape[:-1]))
-        if wanted != rows:
+        is_image = input_ids == self.manifest["image_token_id"]
+        wanted = int(is_image.sum())
+        rows = image_features.reshape(-1, image_features.shape[-1])
+        if wanted != len(rows):
             raise SplitQError(
-                f"prompt: expected {rows} image tokens for the images, got {wanted}; "
+                f"prompt: expected {len(rows)} image tokens for the images, got {wanted}; "
                 "give one image an image placeholder"
             )
-        outputs = self.run("embed_tokens", {"input_ids": input_ids, "image_features": image_features})
-        return outputs["inputs_embeds"], outputs["modality"]
+        rank = self._inputs("embed_tokens").get("image_features")
+        feeds = {} if rank is None else {"image_features": image_features if rank == 3 else rows}
+        outputs = self.run("embed_tokens", {"input_ids": input_ids, **feeds})
+        if rank is None:  # the bare table
+            outputs["inputs_embeds"][is_image] = rows
+        return outputs["inputs_embeds"], outputs.get("modality", is_image.astype(np.int8))
 
     def empty_cache(self, batch: int, *, room: int = 0) -> Cache:
         """The cache before the first token.

@@ -79,6 +79,18 @@ def file_table(folder: Path) -> dict[str, dict[str, object]]:
     }
 
 
+def add_file(folder: Path, name: str, content: str) -> None:
+    """Write one more file into an exported folder and list it in export.json.
+
+    Raises:
+        SplitQError: the folder cannot be written, or is none.
+    """
+    manifest = read_export(folder)
+    write_bytes(folder / name, content.encode())
+    entry = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    write_json(folder / EXPORT_FILE, {**manifest, "files": {**manifest["files"], name: entry}})
+
+
 def read_export(folder: Path) -> dict[str, Any]:
     """The checked content of an exported folder's export.json.
 

@@ -14,17 +14,19 @@ import torch
 from torch import nn
 
 from splitq_edge.errors import SplitQError
+from splitq_edge.lora import LoraAdapter
 
 
-def safetensors_files(source: str, revision: str | None) -> list[Path]:
+def safetensors_files(source: str, revision: str | None, *, required: bool = True) -> list[Path]:
     """Weight files of a checkpoint, fetched from the hub if they are not in its cache.
 
     Args:
         source: local folder or hub id.
         revision: hub revision.
+        required: a checkpoint without safetensors file is an error; else the list is empty.
 
     Raises:
-        SplitQError: the checkpoint has no safetensors file, or its index is damaged.
+        SplitQError: none where one is required, or the index is damaged.
     """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
@@ -37,6 +39,8 @@ def safetensors_files(source: str, revision: str | None) -> list[Path]:
     if single is not None:
         return [Path(single)]
     index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None and not required:
+        return []
     if index is None:
         raise SplitQError(
             f"model {source}: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}, got neither; "
@@ -49,36 +53,57 @@ def safetensors_files(source: str, revision: str | None) -> list[Path]:
     return [Path(shard) for shard in shards]
 
 
+def weight_names(model: Any) -> Callable[[str], str | None]:
+    """The model's name of a weight, given the name that a checkpoint has for it.
+
+    Old checkpoints name their weights otherwise than the model does; transformers' own mapping for it tells how.
+
+    Args:
+        model: transformers model, on any device.
+
+    Returns:
+        A function; it returns None for a weight that is stored in another form than the model holds it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+
+    def name_of(key: str) -> str | None:
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:  # transformers undoes a renaming that leads nowhere
+            return key
+        return None if converter is not None else str(name)
+
+    return name_of
+
+
 class CheckpointWeights:
     """Where each weight of a model lies in its safetensors files. Holds names only, no tensor and no open file."""
 
-    def __init__(self, model: Any, files: Iterable[Path]) -> None:
+    def __init__(self, model: Any, files: Iterable[Path], adapter: LoraAdapter | None = None) -> None:
         """Index the files.
 
         Args:
-            model: transformers model, on any device. Old checkpoints name their weights otherwise than the model does;
-                transformers' own mapping for this model tells how.
+            model: transformers model, on any device.
             files: safetensors files of the checkpoint.
+            adapter: merged into the weights that are read.
 
         Raises:
             SplitQError: a file is damaged, or a weight is stored in another form than the model holds it.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known = model.state_dict()
+        name_of = weight_names(model)
+        self._adapter = adapter
         self._places: dict[str, tuple[Path, str]] = {}
         for file in files:
             with _opened(file) as tensors:
                 keys = list(tensors.keys())
             for key in keys:
-                name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-                if name not in known and key in known:  # transformers undoes a renaming that leads nowhere
-                    name, converter = key, None
-                if converter is not None:
+                name = name_of(key)
+                if name is None:
                     raise SplitQError(
                         f"{file}: expected {key} in the form the model holds it, got one that transformers converts "
                         "while loading; load the model with transformers and save it again"
@@ -113,6 +138,8 @@ class CheckpointWeights:
                     stored = tensors.get_tensor(key)
                     dtype = torch.float32 if stored.is_floating_point() else stored.dtype
                     result[name] = stored.to(device=device, dtype=dtype)
+                    if self._adapter is not None:
+                        result[name] = self._adapter.merged(name, result[name])
         return result
 
     def fill(self, modules: Iterable[tuple[str, nn.Module]], device: torch.device) -> list[Callable[[], None]]:

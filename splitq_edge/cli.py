@@ -36,6 +36,7 @@ EXTRAS = {
 PATH = click.Path(path_type=Path)
 # The keys of methods.registry.METHODS; a test keeps them equal.
 METHOD_NAMES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "quarot", "flatquant", "splitq")
+LAYOUT_NAMES = ("genai", "onnx-community", "flat")  # exporters.layouts.registry.LAYOUTS; a test keeps them equal
 ABLATIONS = ("components", "rules", "mac", "options")  # methods.ablation.TABLES
 
 
@@ -150,13 +151,19 @@ def _message(error: Exception) -> str:
 @click.option(
     "--attention",
     type=click.Choice(["fused", "standard"]),
-    default="fused",
-    show_default=True,
     help="fused: one GroupQueryAttention a layer (onnxruntime 1.32), where the model allows it; standard: ops of the "
-    "ONNX standard alone, slower.",
+    "ONNX standard alone, slower; default: fused, standard in the layout onnx-community.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUT_NAMES),
+    help="Files as onnxruntime-genai or as transformers.js (onnx-community) opens them, or flat; "
+    "default: genai for the types it knows, else flat.",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the choice of samples.")
 @click.option("--revision", help="Hub revision of MODEL.")
+@click.option("--adapter", type=PATH, help="Folder of a LoRA adapter (peft) to merge into MODEL's weights.")
+@click.option("--trust-remote-code", is_flag=True, help="Let transformers run code that comes with MODEL.")
 @click.option("--force", is_flag=True, help="Replace OUT if it holds an earlier export.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same options.")
 @click.option("--state", type=PATH, help="Folder of the finished blocks; default: OUT.calibration, deleted at the end.")
@@ -174,6 +181,7 @@ def _message(error: Exception) -> str:
 def export(out: Path, **options: Any) -> None:
     """Calibrate and quantize MODEL (folder or hub id), write ONNX graphs to the folder OUT and verify them.
 
+    MODEL may be the folder of a LoRA adapter: it is merged into the base that adapter_config.json names.
     MODEL is a LLaVA 1.5, SmolVLM or Idefics3; other families can be calibrated as far as --stop-after goes.
     """
     from splitq_edge.commands.console import make_console
@@ -198,14 +206,28 @@ def export(out: Path, **options: Any) -> None:
 )
 @click.option("--native/--functions", default=None, help="Native kernels or function bodies; default: native if there.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: ONNX Runtime chooses.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeat for several.")
+@click.option(
+    "--engine",
+    type=click.Choice(["genai", "loop"]),
+    help="onnxruntime-genai or the loop that comes with splitq-edge; default: genai where it can run OUT.",
+)
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="0: the likeliest token; above, tokens are drawn (engine genai).",
+)
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from so many of the likeliest tokens.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the tokens of this probability.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the draw.")
 @_reports_errors
-def run(
-    out: Path, images: tuple[Path, ...], prompt: str, max_new_tokens: int, native: bool | None, threads: int
-) -> None:
-    """Answer a question about pictures with the exported folder OUT, greedily, as the words come."""
-    from splitq_edge.commands.run import stream_answer
+def run(out: Path, images: tuple[Path, ...], prompt: str, **options: Any) -> None:
+    """Answer a question about pictures with the exported folder OUT, as the words come."""
+    from splitq_edge.commands.run import RunOptions, stream_answer
 
-    pieces = stream_answer(out, images, prompt, native=native, threads=threads, max_new_tokens=max_new_tokens)
+    pieces = stream_answer(out, images, prompt, RunOptions(**options))
     for piece in pieces:
         click.echo(piece, nl=False)
         sys.stdout.flush()

@@ -16,9 +16,10 @@ from torch import nn
 
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.adapters.registry import adapter_for
-from splitq_edge.checkpoint import CheckpointWeights, safetensors_files
+from splitq_edge.checkpoint import CheckpointWeights, safetensors_files, weight_names
 from splitq_edge.errors import SplitQError
 from splitq_edge.image_layout import ImageLayout
+from splitq_edge.lora import CONFIG_FILE, LoraAdapter, read_adapter_config
 from splitq_edge.modality import ModalityContext, modality_of
 from splitq_edge.processors import image_only
 
@@ -39,6 +40,7 @@ class LoadedModel:
         context: carries the modality mask to quantized layers; set by every forward of `model` from its input_ids.
         weights: reads the weights of a lazily loaded model; None when `model` holds them.
         device: where `model`, or what is read of it, lives.
+        base: the checkpoint that an adapter was merged into, else `source`.
     """
 
     source: str
@@ -48,6 +50,7 @@ class LoadedModel:
     context: ModalityContext
     weights: CheckpointWeights | None = None
     device: torch.device = CPU
+    base: str = ""
 
     @property
     def image_token_id(self) -> int | None:
@@ -125,6 +128,15 @@ class LoadedModel:
             for restore in undo:
                 restore()
 
+    def read_rest(self) -> None:
+        """Give a lazily loaded model the weights that it has on the meta device only, for good.
+
+        Raises:
+            SplitQError: a weight cannot be read.
+        """
+        if self.weights is not None:
+            self.weights.fill(self.model.named_modules(), self.device)
+
     @contextmanager
     def modality_from_inputs(self) -> Iterator[None]:
         """Within the block every forward of the model sets the mask from its own input_ids."""
@@ -142,15 +154,25 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, revision: str | None = None, lazy: bool = False, device: torch.device | str = CPU
+    source: str,
+    *,
+    revision: str | None = None,
+    lazy: bool | None = False,
+    device: torch.device | str = CPU,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint in float32.
 
     Args:
-        source: local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
+        source: local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf"; or the folder of a LoRA adapter, whose
+            adapter_config.json names its base.
         revision: hub revision.
-        lazy: leave the weights in their files and read them when `block` or `outside_blocks` asks for them.
+        lazy: leave the weights in their files and read them when `block`, `outside_blocks` or `read_rest` asks for
+            them; None: if the files are safetensors.
         device: where the weights live once read.
+        adapter: folder of a LoRA adapter to merge into the weights.
+        trust_remote_code: let transformers run code that comes with the checkpoint.
 
     Raises:
         SplitQError: folder missing or without config.json, unsupported model type, a checkpoint that is quantized
@@ -160,18 +182,23 @@ def load_model(
     import transformers
     from transformers.utils import logging as hf_logging
 
-    adapter = adapter_for(_model_type(source, revision))
+    given = source
+    if adapter is None and _is_adapter(Path(source)):
+        adapter, source = source, _base_of(Path(source))
+    code = {"trust_remote_code": trust_remote_code}
+    family = adapter_for(_model_type(source, revision, code))
     device = torch.device(device)
     hf_logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, **code)
         if getattr(config, "quantization_config", None) is not None:
             raise SplitQError(f"model {source}: expected float weights, got a quantized checkpoint; give the original")
         # On the meta device transformers checks names and shapes against the files' headers and reads no weight.
-        files = safetensors_files(source, revision) if lazy else []
+        files = [] if lazy is False else safetensors_files(source, revision, required=bool(lazy))
+        lazy = bool(files)
         model: Any
         info: dict[str, Any]
-        model, info = getattr(transformers, adapter.model_class).from_pretrained(
+        model, info = getattr(transformers, family.model_class).from_pretrained(
             source,
             revision=revision,
             config=config,
@@ -179,22 +206,54 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the weight's name
             **({"device_map": "meta"} if lazy else {}),
+            **code,
         )
-        processor = _load_processor(source, revision, adapter, config)
-        if adapter.pixel_layout == "tiles":
+        processor = _load_processor(source, revision, family, config, code)
+        if family.pixel_layout == "tiles":
             _check_tiles(source, processor, config)
     except SplitQError:
         raise
     except Exception as error:
         raise SplitQError(f"model {source}: expected a loadable checkpoint ({_one_line(error)})") from error
     _check_complete(source, model, info)
+    lora = None if adapter is None else _lora(Path(adapter), model)
     if lazy:
         _materialize_buffers(model, device)
-        weights = CheckpointWeights(model, files)
+        weights = CheckpointWeights(model, files, lora)
     else:
+        if lora is not None:
+            lora.merge_into(_parameters(model))
         model.to(device)
         weights = None
-    return LoadedModel(source, model.eval(), processor, adapter, ModalityContext(), weights, device)
+    return LoadedModel(given, model.eval(), processor, family, ModalityContext(), weights, device, source)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no weights of a model."""
+    return (folder / CONFIG_FILE).is_file() and not any(
+        True for pattern in ("model*.safetensors", "pytorch_model*.bin") for _ in folder.glob(pattern)
+    )
+
+
+def _base_of(folder: Path) -> str:
+    """The checkpoint that an adapter was trained on; a relative path counts from the adapter's folder too."""
+    base = read_adapter_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise SplitQError(
+            f"{folder / CONFIG_FILE}: expected base_model_name_or_path, got none; give the base as MODEL and --adapter"
+        )
+    beside = folder / str(base)
+    return str(beside) if not Path(base).is_dir() and beside.is_dir() else str(base)
+
+
+def _parameters(model: Any) -> dict[str, torch.Tensor]:
+    """By every name that they have."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _lora(folder: Path, model: Any) -> LoraAdapter:
+    name_of = weight_names(model)
+    return LoraAdapter(folder, lambda key: name_of(key) or key, _parameters(model))
 
 
 def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
@@ -221,18 +280,20 @@ def _materialize_buffers(model: Any, device: torch.device) -> None:
     model.initialize_weights()
 
 
-def _load_processor(source: str, revision: str | None, adapter: ModelAdapter, config: Any) -> Any:
+def _load_processor(
+    source: str, revision: str | None, adapter: ModelAdapter, config: Any, code: dict[str, bool]
+) -> Any:
     """Processor of a vision-language model, tokenizer of a text-only one."""
     import transformers
 
     if not adapter.image_token_field:
-        return transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+        return transformers.AutoTokenizer.from_pretrained(source, revision=revision, **code)
     if not adapter.image_only_processor:
-        return transformers.AutoProcessor.from_pretrained(source, revision=revision)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+        return transformers.AutoProcessor.from_pretrained(source, revision=revision, **code)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, **code)
     image_token = tokenizer.convert_ids_to_tokens(int(getattr(config, adapter.image_token_field)))
     return image_only(adapter.image_only_processor).from_pretrained(
-        source, revision=revision, extra_special_tokens={"image_token": image_token}
+        source, revision=revision, **code, extra_special_tokens={"image_token": image_token}
     )
 
 
@@ -252,7 +313,7 @@ def _check_tiles(source: str, processor: Any, config: Any) -> None:
             )
 
 
-def _model_type(source: str, revision: str | None) -> str:
+def _model_type(source: str, revision: str | None, code: dict[str, bool]) -> str:
     folder = Path(source)
     if folder.is_dir():
         config = folder / "config.json"
@@ -270,7 +331,7 @@ def _model_type(source: str, revision: str | None) -> str:
     from transformers import AutoConfig
 
     try:
-        return str(AutoConfig.from_pretrained(source, revision=revision).model_type)
+        return str(AutoConfig.from_pretrained(source, revision=revision, **code).model_type)
     except Exception as error:
         raise SplitQError(
             f"model {source}: expected a local folder or a reachable hub model ({_one_line(error)}); check the name"

@@ -44,6 +44,9 @@ class ModelAdapter:
         image_only_processor: transformers class that is loaded as the family's processor, without its half for videos
             where it has one: that needs torchvision, here and where the exported folder runs. It may be another
             family's that makes the same inputs of text and images.
+        genai_type: model type under which onnxruntime-genai runs the exported graphs; another than `model_type` is a
+            borrowed one of the same parts.
+        transformers_js: whether transformers.js knows the model type and gives its pictures to the exported graphs.
     """
 
     model_type: str
@@ -65,6 +68,8 @@ class ModelAdapter:
     line_end: str = ""
     mrope: bool = False
     image_only_processor: str = ""
+    genai_type: str = ""
+    transformers_js: bool = False
 
     def site_name(self, block: int, site: Site) -> str:
         """Name of a language site in plans, files and messages: "layers.3.attn_in"."""

@@ -16,4 +16,6 @@ ADAPTER = ModelAdapter(
     final_norm="model.language_model.norm",
     image_token_field="image_token_index",
     pixel_layout="images",
+    genai_type="gemma3",
+    transformers_js=True,
 )

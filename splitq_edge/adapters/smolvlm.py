@@ -19,4 +19,6 @@ ADAPTER = ModelAdapter(
     image_token_field="image_token_id",
     pixel_layout="tiles",
     image_only_processor="Idefics3Processor",
+    genai_type="gemma3",
+    transformers_js=True,
 )

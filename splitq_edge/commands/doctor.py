@@ -10,7 +10,17 @@ from pathlib import Path
 
 from splitq_edge import __version__, runtime_ops
 
-PACKAGES = ("onnxruntime", "numpy", "transformers", "torch", "onnx", "onnxscript", "onnx_ir", "easy-vqa")
+PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-genai",
+    "numpy",
+    "transformers",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "easy-vqa",
+)
 
 
 def report() -> Iterator[str]:

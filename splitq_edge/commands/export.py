@@ -16,18 +16,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from splitq_edge.artifacts import check_target, staged_folder
+from splitq_edge.artifacts import add_file, check_target, staged_folder
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.data import CalibrationSample, describe_source, encode_sample, load_samples
 from splitq_edge.calibration.runner import Calibration
 from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.config import QuantConfig, load_recipe, preset
-from splitq_edge.convert import QuantizedModel, assemble, effective_bits
+from splitq_edge.convert import assemble, effective_bits
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.export_folder import ExportRequest, check_exportable, write_export
+from splitq_edge.exporters.layouts.registry import default_layout, layout_named
 from splitq_edge.loading import LoadedModel, load_model
 from splitq_edge.methods.registry import method_config
 from splitq_edge.parallel import Processes
+from splitq_edge.report.model_card import CARD_FILE, model_card
 from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.runtime_ops.verify import ParityRow, verify_parity
 
@@ -46,7 +48,8 @@ class ExportOptions:
     calib: str = "easyvqa"
     calib_samples: int = 128
     flavour: str = "portable"
-    attention: str = "fused"
+    attention: str | None = None
+    layout: str | None = None
     seed: int = 0
     force: bool = False
     revision: str | None = None
@@ -55,6 +58,19 @@ class ExportOptions:
     keep_state: bool = False
     stop_after: int | None = None
     memory_limit: int | None = None
+    adapter: Path | None = None
+    trust_remote_code: bool = False
+
+    def load(self, *, lazy: bool | None, device: str = "cpu") -> LoadedModel:
+        """The model that the options name, see `load_model`."""
+        return load_model(
+            self.model,
+            revision=self.revision,
+            lazy=lazy,
+            device=device,
+            adapter=None if self.adapter is None else str(self.adapter),
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @property
     def state_folder(self) -> Path:
@@ -87,10 +103,14 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
         logger.warning("calibration uses the %d samples there are, not %d", len(samples), options.calib_samples)
     _check_not_inside(options.out, options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lazy = options.memory_limit is not None or options.stop_after is not None
-    loaded = load_model(options.model, revision=options.revision, lazy=lazy, device=device)
+    blockwise = options.memory_limit is not None or options.stop_after is not None
+    # None: from safetensors files weights are read block by block, a float model is written whole
+    lazy = True if blockwise else (None if config is not None else False)
+    loaded = options.load(lazy=lazy, device=device)
+    layout = layout_named(options.layout or default_layout(loaded.adapter, config))
     if options.stop_after is None:
         check_exportable(loaded)
+        layout.check(loaded.adapter, config, flavour=options.flavour, attention=options.attention or layout.attention)
     with progress_bars(console) as progress:
         task = progress.add_task("encode samples", total=len(samples))
         encoded = [
@@ -113,14 +133,27 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
             f"{state.folder}: {state.finished()} of {loaded.block_count} blocks finished; go on with --resume"
         )
         return {"calibration_s": seconds}
-    if lazy or device != "cpu":  # the graphs are traced from the whole model in memory
-        loaded = load_model(options.model, revision=options.revision)
+    if device != "cpu" or loaded.weights is not None:
+        loaded = options.load(lazy=None if config is not None else False)
     quantized = None if config is None or state is None else assemble(loaded, config, state)
-    _write(options, console, loaded, quantized, sample, describe_source(options.calib, samples))
-    if state is not None and not options.keep_state:
-        state.remove()
+    loaded.read_rest()  # what no site replaced
     bits = 32.0 if quantized is None else effective_bits(quantized.sites)
     label = "float32" if quantized is None else f"{quantized.config.scheme}, {bits:.2f} effective bits a weight"
+    request = ExportRequest(
+        flavour=options.flavour,
+        sample={name: value for name, value in sample.items() if name != "answer"},
+        calibration=None if quantized is None else describe_source(options.calib, samples),
+        seed=options.seed,
+        attention=options.attention or layout.attention,
+        layout=layout.name,
+    )
+    with staged_folder(options.out, force=options.force) as staging:
+        console.print("writing graphs")
+        write_export(loaded, quantized, request, staging)
+        del loaded, quantized  # ONNX Runtime needs their memory
+        _verify(staging, console)
+    if state is not None and not options.keep_state:
+        state.remove()
     console.print(f"{options.out}: {label}")
     return {"calibration_s": seconds, "effective_bits": bits}
 
@@ -185,7 +218,7 @@ def _header(
         "model": Path(options.model).resolve().name,
         "revision": options.revision,
         "model_config": hashlib.sha256(repr(model_config).encode()).hexdigest(),
-        "weights": weights_digest(Path(options.model)),
+        "weights": weights_digest(Path(loaded.base), *filter(None, [options.adapter, Path(options.model)])),
         "recipe": config.to_dict(),
         "seed": options.seed,
         "samples": len(samples),
@@ -193,10 +226,11 @@ def _header(
     }
 
 
-def weights_digest(folder: Path) -> str:
-    """Of a local checkpoint's weight files: names, sizes and times of change, because gigabytes take long to read."""
+def weights_digest(*folders: Path) -> str:
+    """Of local weight files: names, sizes and times of change, because gigabytes take long to read."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    files = {path.resolve() for folder in folders for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)}
+    for path in sorted(files):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -214,32 +248,14 @@ def _samples_digest(samples: list[CalibrationSample]) -> str:
     return digest.hexdigest()
 
 
-def _write(
-    options: ExportOptions,
-    console: Console,
-    loaded: LoadedModel,
-    quantized: QuantizedModel | None,
-    sample: dict[str, torch.Tensor],
-    source: dict[str, object],
-) -> None:
-    """Write the folder, check it against torch, give it its name."""
-    request = ExportRequest(
-        flavour=options.flavour,
-        sample={name: value for name, value in sample.items() if name != "answer"},
-        calibration=None if quantized is None else source,
-        seed=options.seed,
-        attention=options.attention,
-    )
-    with staged_folder(options.out, force=options.force) as staging:
-        console.print("writing graphs")
-        write_export(loaded, quantized, request, staging)
-        exported = ExportedModel(staging)
-        rows = verify_parity(exported)
-        console.print(parity_table(rows, native=exported.native))
-        if not all(row.ok for row in rows):
-            raise SplitQError(
-                "export: a graph differs from torch by more than its limit (table above); please report it"
-            )
+def _verify(folder: Path, console: Console) -> None:
+    """Check a written folder against torch and put what was found into its model card."""
+    exported = ExportedModel(folder)
+    rows = verify_parity(exported)
+    console.print(parity_table(rows, native=exported.native))
+    if not all(row.ok for row in rows):
+        raise SplitQError("export: a graph differs from torch by more than its limit (table above); please report it")
+    add_file(folder, CARD_FILE, model_card(folder, rows))
 
 
 def chosen_config(options: ExportOptions) -> QuantConfig | None:

@@ -59,7 +59,7 @@ def run_outliers(options: OutlierOptions, console: Console) -> list[SiteOutliers
         _check_plot(options.plot)
     samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
     loaded = load_model(options.model, lazy=True)
-    encoded = [encode_sample(loaded.processor, sample) for sample in samples]
+    encoded = [encode_sample(loaded.processor, sample, loaded.image_layout) for sample in samples]
     found = _observe(loaded, encoded, options.share, console)
     console.print(_table(options, found))
     if options.json is not None:
