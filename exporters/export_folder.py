@@ -194,7 +194,7 @@ def _decoder_graph(
     cache = cache_shape(loaded, quantized)
     generator = torch.Generator().manual_seed(request.seed)
     batch, sequence, past = 2, 3, 5  # 0 and 1 would be taken as constants
-    with_modality = quantized is not None and reads_modality(quantized)
+    with_modality = takes_modality(loaded, quantized)
     positions = torch.arange(past, past + sequence).expand(batch, sequence).contiguous()
     step: dict[int, str] = {0: "batch", 1: "sequence"}
     counted = step
@@ -217,6 +217,9 @@ def _decoder_graph(
     if with_modality:
         inputs["modality"] = torch.zeros(batch, sequence, dtype=torch.int8)
         dynamic["modality"] = axes["modality"] = step
+    if loaded.adapter.bidirectional == "prompt":
+        inputs["prompt"] = torch.zeros(batch, sequence, dtype=torch.int8)
+        dynamic["prompt"] = axes["prompt"] = step
 
     def traced() -> ir.Model:
         model = trace(
@@ -247,6 +250,11 @@ def _fused(loaded: LoadedModel, model: ir.Model) -> ir.Model:
     fuse_norms(model)
     model.metadata_props["splitq.attention"] = "fused"
     return model
+
+
+def takes_modality(loaded: LoadedModel, quantized: QuantizedModel | None) -> bool:
+    """Whether the decoder's graph has the modality mask as input."""
+    return loaded.adapter.bidirectional == "image" or (quantized is not None and reads_modality(quantized))
 
 
 def cache_shape(loaded: LoadedModel, quantized: QuantizedModel | None) -> CacheShape:
@@ -318,7 +326,7 @@ def _parity_decoder(
     """
     embeds, modality = embedded
     cache = cache_shape(loaded, quantized)
-    with_modality = quantized is not None and reads_modality(quantized)
+    with_modality = takes_modality(loaded, quantized)
     decoder = Decoder(loaded, with_modality=with_modality, kv_cache_bits=cache.bits)
     names, kinds = cache.names("past_key_values"), len(cache_tensors(cache.bits))
     tokens = embeds.shape[1]
@@ -334,6 +342,8 @@ def _parity_decoder(
             "attention_mask": torch.ones(1, end, dtype=torch.long),
             "position_ids": positions[..., begin:end],
         }
+        if loaded.adapter.bidirectional == "prompt":
+            inputs["prompt"] = torch.full((1, end - begin), int(begin == 0), dtype=torch.int8)
         mask = modality[:, begin:end]
         logits, *present = decoder(**inputs, past=list(past), modality=mask)
         feeds = {**inputs, **dict(zip(names, (tensor for layer in past for tensor in layer), strict=True))}
@@ -434,7 +444,8 @@ def _manifest(
         },
         "attention": attention,
         "logits_to_keep": True,
-        "modality_input": quantized is not None and reads_modality(quantized),
+        "modality_input": takes_modality(loaded, quantized),
+        "prompt_input": loaded.adapter.bidirectional == "prompt",
         "image_token_id": loaded.image_token_id,
         "image_layout": layout.to_dict(),
         "image_tokens": None if layout.flat else features.shape[1],

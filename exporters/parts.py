@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitq_edge.exporters.attention_masks import additive, group_mask, image_groups, near_mask, prompt_groups
 from splitq_edge.exporters.patch_encoder import PatchEncoder
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext, modality_of
@@ -38,8 +39,14 @@ class VisionEncoder(nn.Module):
         self.projector = loaded.model.get_submodule(loaded.adapter.projector_module)
         self.full = FullTiles(loaded) if loaded.adapter.patch_positions else None
         config = loaded.model.config
-        layers = getattr(config, "vision_feature_layer", -1)
-        self.layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
+        layers = getattr(
+            config, "vision_feature_layer", None
+        )  # none: what the encoder ends with, its last norm included
+        self.layers: list[int] = [layers] if isinstance(layers, int) else list(layers or ())
+        self.fold = 1
+        if loaded.adapter.downsample_field:
+            self.fold = round(1 / getattr(config, loaded.adapter.downsample_field))
+            self.layers = [] if self.layers == [-1] else self.layers
         self.drop_class_token = getattr(config, "vision_feature_select_strategy", "full") == "default"
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -47,9 +54,25 @@ class VisionEncoder(nn.Module):
         if self.full is not None:
             with self.full.constants():
                 return self.projector(self.encoder(pixel_values, return_dict=True).last_hidden_state)
-        states = self.encoder(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        chosen = [states[layer][:, int(self.drop_class_token) :] for layer in self.layers]
-        return self.projector(torch.cat(chosen, -1))  # [images, image_tokens, hidden]
+        if self.layers:
+            states = self.encoder(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+            rows = torch.cat([states[layer] for layer in self.layers], -1)
+        else:
+            rows = self.encoder(pixel_values, return_dict=True).last_hidden_state
+        rows = rows[:, int(self.drop_class_token) :]  # [images, patches, width]
+        return self.projector(folded(rows, self.fold))  # [images, image_tokens, hidden]
+
+
+def folded(rows: torch.Tensor, fold: int) -> torch.Tensor:
+    """Squares of fold x fold patches as one row each: [images, side ** 2, width] -> [images, rows, width * fold ** 2].
+
+    The patches of a square become channels in reading order, and so do the squares.
+    """
+    if fold == 1:
+        return rows
+    side = round(rows.shape[1] ** 0.5)
+    squares = rows.unflatten(1, (side // fold, fold, side // fold, fold))  # down, in it, across, in it
+    return squares.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
 
 
 class AnyresEncoder(nn.Module):
@@ -126,7 +149,8 @@ class EmbedTokens(nn.Module):
     """input_ids [batch, sequence], image_features -> inputs_embeds [batch, sequence, hidden], modality int8.
 
     image_features is [images, image_tokens, hidden], or [rows, hidden] where pictures have different numbers of rows;
-    the rows replace the image tokens in reading order. A text-only prompt passes none.
+    the rows replace the image tokens in reading order. A text-only prompt passes none. With deepstack a row is wider
+    than an embedding, which zeros fill up.
     """
 
     def __init__(self, embedding: nn.Module, image_token_id: int) -> None:
@@ -136,11 +160,12 @@ class EmbedTokens(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Look up tokens and merge the image rows."""
-        embeds = self.embedding(input_ids)
-        rows = image_features.reshape(-1, embeds.shape[-1])
-        # One spare row keeps the gather valid without images; image tokens beyond the features are an error there.
-        rows = torch.cat([rows, torch.zeros(1, embeds.shape[-1])])
         is_image = input_ids == self.image_token_id
+        embeds = self.embedding(input_ids.masked_fill(is_image, 0))  # the image token may lie beyond the vocabulary
+        width = image_features.shape[-1]
+        embeds = nn.functional.pad(embeds, (0, width - embeds.shape[-1]))
+        # One spare row keeps the gather valid without images; image tokens beyond the features are an error there.
+        rows = torch.cat([image_features.reshape(-1, width), torch.zeros(1, width)])
         index = is_image.reshape(-1).long().cumsum(0).reshape(input_ids.shape) - 1
         merged = torch.where(is_image.unsqueeze(-1), rows[index.clamp(min=0)], embeds)
         return merged, modality_of(input_ids, self.image_token_id)
@@ -151,8 +176,12 @@ class Decoder(nn.Module):
 
     inputs_embeds [batch, sequence, hidden], attention_mask int64 [batch, past + sequence], position_ids int64
     [batch, sequence] or with three axes (mRoPE) [3, batch, sequence], modality int8 [batch, sequence] (if the scheme
-    reads it), past key and value of every layer [batch, kv_heads, past, head_dim] -> logits [batch, sequence,
-    vocabulary] and the grown cache.
+    or the family reads it), prompt int8 [batch, sequence] (1 for tokens of the prompt, where these see each other),
+    past key and value of every layer [batch, kv_heads, past, head_dim] -> logits [batch, sequence, vocabulary] and the
+    grown cache.
+
+    With deepstack, inputs_embeds is [batch, sequence, hidden * (1 + depths)]: the embedding, then what image tokens get
+    added behind the first, the second, ... block.
 
     With `kv_cache_bits` the past comes and goes as integers and scales (`quantize_cache`). A token is quantized once,
     when it enters the cache; the tokens of the running call see each other in float32.
@@ -165,6 +194,8 @@ class Decoder(nn.Module):
         self.with_modality = with_modality
         self.kv_cache_bits = kv_cache_bits
         self.context: ModalityContext = loaded.context
+        self.bidirectional = loaded.adapter.bidirectional
+        self.config = loaded.text_config
 
     def forward(
         self,
@@ -173,14 +204,16 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor,
         past: list[tuple[torch.Tensor, ...]],
         modality: torch.Tensor | None = None,
+        prompt: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Logits of every position, then the present tensors of every layer, in the order of `cache_tensors`."""
         from transformers import DynamicCache
 
-        with self.context.using(modality):
+        embeds, *deeper = inputs_embeds.split(self.config.hidden_size, -1)
+        with self.context.using(modality), self._adding(deeper):
             output = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                inputs_embeds=embeds,
+                attention_mask=self._masks(attention_mask, modality, prompt),
                 position_ids=position_ids,
                 past_key_values=DynamicCache([self._float_layer(layer) for layer in past]),
                 use_cache=True,
@@ -188,7 +221,43 @@ class Decoder(nn.Module):
         present: list[torch.Tensor] = []
         for before, layer in zip(past, output.past_key_values.layers, strict=True):
             present += self._present(before, layer.keys, layer.values)
-        return (self.lm_head(output.last_hidden_state), *present)
+        return (self._capped(self.lm_head(output.last_hidden_state)), *present)
+
+    @contextmanager
+    def _adding(self, deeper: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within the block the first layers add these to what they give; text tokens have zeros there."""
+        handles = [
+            layer.register_forward_hook(lambda _module, _args, output, more=more: output + more)
+            for layer, more in zip(self.language_model.layers, deeper, strict=False)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        limit = getattr(self.config, "final_logit_softcapping", None)
+        return logits if limit is None else torch.tanh(logits / limit) * limit
+
+    def _masks(
+        self, attention_mask: torch.Tensor, modality: torch.Tensor | None, prompt: torch.Tensor | None
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What the language model takes as attention mask; by kind of layer where it has layers of both kinds."""
+        if self.bidirectional == "image":
+            assert modality is not None
+            groups = image_groups(modality)
+        elif self.bidirectional == "prompt":
+            assert prompt is not None
+            groups = prompt_groups(prompt)
+        else:
+            return attention_mask
+        seen = group_mask(attention_mask, groups)
+        full = additive(seen, attention_mask)
+        if "sliding_attention" not in (getattr(self.config, "layer_types", None) or ()):
+            return full
+        near = near_mask(attention_mask, groups.shape[1], self.config.sliding_window)
+        return {"full_attention": full, "sliding_attention": additive(seen & near, attention_mask)}
 
     def _float_layer(self, layer: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Past key and value of a layer, [batch, kv_heads, past, head_dim] float32."""

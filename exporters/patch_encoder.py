@@ -15,7 +15,9 @@ class PatchEncoder(nn.Module):
 
     pixel_values float32 [patches, channels], patch_positions int64 [patches, 2], frames int64 [frames, frame_patches]
     and, where the family has local attention, windows int64 [windows, window_patches] (`splitq_edge.patches`)
-    -> image_features float32 [rows, hidden], `merge_size` ** 2 patches a row.
+    -> image_features float32 [rows, hidden], `merge_size` ** 2 patches a row. Where the family learned positions on a
+    square grid, grid_rows int64 and grid_weights float32 [patches, 4] choose from it. Where it hands on features of
+    several depths (deepstack), a row is [hidden * (1 + depths)], the last depth's part first.
 
     Runs the family's blocks by themselves: transformers' own code cuts the patches into Python lists by the values of
     the pictures' sizes, which would fix them in the graph. Attention is over padded tables of patches instead, so one
@@ -33,6 +35,7 @@ class PatchEncoder(nn.Module):
         self.register_buffer("embed_weight", visual.patch_embed.proj.weight.detach().flatten(1))
         self.embed_bias = visual.patch_embed.proj.bias
         self.register_buffer("inverse_frequencies", visual.rotary_pos_emb.inv_freq.detach().float())
+        self.depths = list(getattr(visual, "deepstack_visual_indexes", ()))
         self.local = getattr(visual, "fullatt_block_indexes", None) is not None
 
     def forward(
@@ -41,17 +44,24 @@ class PatchEncoder(nn.Module):
         patch_positions: torch.Tensor,
         frames: torch.Tensor,
         windows: torch.Tensor | None = None,
+        grid_rows: torch.Tensor | None = None,
+        grid_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Image rows in the order of the pictures, [rows, hidden]."""
         x = nn.functional.linear(pixel_values, self.embed_weight, self.embed_bias)  # [patches, width]
+        if grid_rows is not None and grid_weights is not None:
+            x = x + (self.visual.pos_embed(grid_rows) * grid_weights[..., None]).sum(1)
         rotation = self._rotation(patch_positions)
+        deeper: list[torch.Tensor] = []
         whole = Segments(frames, x)
         window = whole if windows is None else Segments(windows, x)
         for index, block in enumerate(self.visual.blocks):
             segments = window if self.local and index not in self.visual.fullatt_block_indexes else whole
             x = x + attention(block.attn, block.norm1(x), rotation, segments)
             x = x + block.mlp(block.norm2(x))
-        return self.visual.merger(x)
+            if index in self.depths:
+                deeper.append(self.visual.deepstack_merger_list[len(deeper)](x))
+        return torch.cat([self.visual.merger(x), *deeper], -1)
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of every patch, [patches, 1, head_dim]; half the channels turn by row, half by column."""

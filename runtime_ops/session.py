@@ -203,6 +203,7 @@ class ExportedModel:
         positions: np.ndarray | None = None,
         *,
         logits_to_keep: int = 0,
+        prompt: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Cache]:
         """Run the decoder over new tokens.
 
@@ -214,6 +215,8 @@ class ExportedModel:
             cache: what the call before returned, or `empty_cache`.
             positions: of the new tokens, a part of what `positions` gave; none: they follow those of the cache.
             logits_to_keep: last positions whose logits are wanted, 0 for all.
+            prompt: [batch, sequence] int8, 1 for tokens of the prompt where these see each other, which they do in one
+                call only; none: the first call is the prompt.
 
         Returns:
             Logits [batch, kept, vocabulary] float32 and the grown cache.
@@ -236,6 +239,9 @@ class ExportedModel:
         }
         if self.manifest["modality_input"]:
             feeds["modality"] = modality
+        if self.manifest.get("prompt_input"):
+            first = np.full(modality.shape, cache.length == 0, np.int8)
+            feeds["prompt"] = first if prompt is None else prompt
         trims = bool(self.manifest.get("logits_to_keep"))
         if trims:
             feeds["logits_to_keep"] = np.array([logits_to_keep], np.int64)

@@ -5,6 +5,7 @@ An export keeps it in export.json, so that whoever runs the graphs knows what to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.anyres import Grids, token_rows
 from splitq_edge.errors import ArtifactError
 from splitq_edge.mrope import mrope_positions
-from splitq_edge.patches import frame_segments, patch_positions, window_segments
+from splitq_edge.patches import frame_segments, grid_taps, patch_positions, window_segments
 from splitq_edge.tiles import image_tiles, model_pixels
 
 Arrays = dict[str, np.ndarray]
@@ -32,6 +33,7 @@ class ImageLayout:
     Attributes:
         kind: "images", "tiles", "anyres" or "patches", see `ModelAdapter.pixel_layout`.
         merge_size: patches: how many an image token has on a side.
+        grid_side: patches: rows and columns of the square grid of learned positions; 0: there is none.
         window: patches: image tokens on a side of a window of local attention; 0: all attention is global.
         mrope: the language model's positions are those of `splitq_edge.mrope`.
         resolutions: anyres: see `splitq_edge.anyres.Grids`; so the three below.
@@ -42,6 +44,7 @@ class ImageLayout:
 
     kind: str
     merge_size: int = 1
+    grid_side: int = 0
     window: int = 0
     mrope: bool = False
     resolutions: tuple[tuple[int, int], ...] = ()
@@ -66,7 +69,8 @@ class ImageLayout:
             return cls(adapter.pixel_layout)
         local = getattr(vision, "fullatt_block_indexes", None) is not None
         window = vision.window_size // vision.spatial_merge_size // vision.patch_size if local else 0
-        return cls("patches", merge_size=vision.spatial_merge_size, window=window, mrope=adapter.mrope)
+        side = math.isqrt(getattr(vision, "num_position_embeddings", 0))
+        return cls("patches", merge_size=vision.spatial_merge_size, grid_side=side, window=window, mrope=adapter.mrope)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ImageLayout:
@@ -124,10 +128,6 @@ class ImageLayout:
             return pictures
         return {"pixel_values": model_pixels(pictures["pixel_values"][:, None])}
 
-    def token_types(self, input_ids: np.ndarray, image_token_id: int) -> Arrays:
-        """What the transformers model wants to know of every token beside its id, [batch, sequence] int64 each."""
-        return {"mm_token_type_ids": (input_ids == image_token_id).astype(np.int64)} if self.mrope else {}
-
     def graph_inputs(self, pictures: Arrays) -> Arrays:
         """`pictures` as the vision graph takes them."""
         if self.kind == "anyres":
@@ -144,6 +144,8 @@ class ImageLayout:
         }
         if self.window:
             inputs["windows"] = window_segments(grids, self.merge_size, self.window)
+        if self.grid_side:
+            inputs["grid_rows"], inputs["grid_weights"] = grid_taps(grids, self.merge_size, self.grid_side)
         return inputs
 
     def axes(self) -> dict[str, dict[int, str]]:
@@ -159,6 +161,8 @@ class ImageLayout:
         }
         if self.window:
             axes["windows"] = {0: "windows"}
+        if self.grid_side:
+            axes |= {"grid_rows": {0: "patches"}, "grid_weights": {0: "patches"}}
         return axes
 
     def rows(self, pictures: Arrays) -> list[int]:

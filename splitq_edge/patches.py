@@ -23,6 +23,30 @@ def patch_positions(grids: Grids, merge_size: int) -> np.ndarray:
     return np.concatenate(pictures).astype(np.int64)
 
 
+def grid_taps(grids: Grids, merge_size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a square grid of learned positions stretched over each picture, corner to corner: what every patch takes.
+
+    Args:
+        grids: see `Grids`.
+        merge_size: patches an image token has on a side.
+        side: rows and columns of the square grid.
+
+    Returns:
+        Rows of the flattened grid, int64, and their weights, float32 (bilinear), [patches, 4] each.
+    """
+    pictures = []
+    for frames, height, width in grids:
+        place = patch_positions([(frames, height, width)], merge_size)
+        source = place * ((side - 1) / np.maximum([int(height) - 1, int(width) - 1], 1))
+        lower = source.astype(np.int64)
+        upper, share = np.minimum(lower + 1, side - 1), source - lower
+        axes = [((lower[:, axis], 1 - share[:, axis]), (upper[:, axis], share[:, axis])) for axis in (0, 1)]
+        taps = [(row * side + column, down * across) for row, down in axes[0] for column, across in axes[1]]
+        pictures.append(tuple(np.stack(part, -1) for part in zip(*taps, strict=True)))
+    rows, weights = (np.concatenate(part) for part in zip(*pictures, strict=True))
+    return rows, weights.astype(np.float32)
+
+
 def frame_segments(grids: Grids) -> np.ndarray:
     """Patches of every frame, which attend to each other: [frames, most patches of a frame] int64, -1 behind the last.
 

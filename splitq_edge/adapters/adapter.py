@@ -34,12 +34,20 @@ class ModelAdapter:
         patch_positions: embedding of the patches' positions, where the vision encoder works them out from a mask that
             says which patches hold pixels.
         patch_encoder: the part of the vision encoder that takes this mask.
+        deepstack: module list of further projectors, one for each depth of the vision encoder whose features the first
+            language blocks add to image tokens; they stay float.
+        downsample_field: config field with the ratio by which neighbouring patches are folded into channels before the
+            projector, where no module of the model does it.
         projector_module: module between the vision encoder and the language model.
         projector: its linears.
         pixel_layout: how the processor lays out pixel_values: "images" [images, 3, height, width], "tiles" [chats,
             tiles, 3, height, width]; with the pictures' sizes beside them "anyres" [pictures, tiles, 3, height, width]
             or "patches" [patches, channels]; see `splitq_edge.image_layout`.
         line_end: anyres: parameter with the row that ends every line of a picture.
+        bidirectional: which tokens see each other beside those before them: "" none, "image" those of one picture,
+            "prompt" all of the prompt.
+        token_types: input of the transformers model that tells image tokens (1) from text (0), if it has one; where
+            `bidirectional` is "prompt", what follows the prompt (1) from the prompt.
         mrope: whether the language model's positions have three axes (`splitq_edge.mrope`).
         image_only_processor: transformers class that is loaded as the family's processor, without its half for videos
             where it has one: that needs torchvision, here and where the exported folder runs. It may be another
@@ -62,10 +70,14 @@ class ModelAdapter:
     vision_block: tuple[Site, ...] = ()
     patch_positions: str = ""
     patch_encoder: str = ""
+    deepstack: str = ""
+    downsample_field: str = ""
     projector_module: str = ""
     projector: tuple[str, ...] = ()
     pixel_layout: str = ""
     line_end: str = ""
+    bidirectional: str = ""
+    token_types: str = ""
     mrope: bool = False
     image_only_processor: str = ""
     genai_type: str = ""
@@ -78,6 +90,8 @@ class ModelAdapter:
     def claims(self, linear: str) -> list[str]:
         """What claims a linear (its dotted name): exactly one entry when the adapter fits the model."""
         hits = [linear] if linear in self.projector or linear == self.lm_head else []
+        if self.deepstack and linear.startswith(self.deepstack + "."):
+            hits.append(self.deepstack)
         for prefix, sites in (
             (self.vision_blocks, self.vision_block),
             (self.language_blocks, self.language_block),

@@ -17,5 +17,6 @@ ADAPTER = ModelAdapter(
     image_token_field="image_token_id",
     pixel_layout="patches",
     mrope=True,
+    token_types="mm_token_type_ids",
     image_only_processor="PaddleOCRVLProcessor",
 )

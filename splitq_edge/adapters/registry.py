@@ -1,19 +1,34 @@
 """The model types that can be quantized."""
 
 from splitq_edge.adapters import (
+    gemma3,
     idefics3,
+    internvl,
     llama,
     llava,
     llava_next,
     llava_onevision,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_vl,
     smolvlm,
 )
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.errors import UnsupportedModelError
 
-FAMILIES = (idefics3, llama, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, smolvlm)
+FAMILIES = (
+    gemma3,
+    idefics3,
+    internvl,
+    llama,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    smolvlm,
+)
 ADAPTERS: dict[str, ModelAdapter] = {family.ADAPTER.model_type: family.ADAPTER for family in FAMILIES}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext, modality_of
 from splitq_edge.parallel import Processes
 
-SEQUENCES = {"input_ids": None, "attention_mask": 0, "answer": False, "modality": 0, "mm_token_type_ids": 0}
+SEQUENCES = {
+    "input_ids": None,
+    "attention_mask": 0,
+    "answer": False,
+    "modality": 0,
+    "mm_token_type_ids": 0,
+    "token_type_ids": 0,
+}
 NOT_MODEL_INPUTS = ("answer", "modality")
 
 
@@ -79,7 +87,7 @@ def _pad(samples: Sequence[dict[str, torch.Tensor]], width: int, pad_token_id: i
 
 @dataclass(frozen=True)
 class BlockBatch:
-    """What a block receives for one batch beside the hidden states; the same for every block.
+    """What a block receives for one batch beside the hidden states.
 
     Attributes:
         kwargs: the block's other arguments (mask, position embeddings, ...).
@@ -98,12 +106,17 @@ class BlockInputs:
     """Batches and the hidden states that belong to them, in an `ActivationStore`.
 
     Hidden states are kept by a stream's name ("float", "quantized", "target") and the batch's number.
+
+    Attributes:
+        block: number of the block that `batch` speaks of.
     """
 
     def __init__(self, store: ActivationStore, device: torch.device) -> None:
         self.store = store
         self.device = device
-        self._batches: list[tuple[Any, list[Any], PaddedBatch, torch.Tensor] | None] = []
+        self.block = 0
+        self._added: dict[int, set[int]] = {}
+        self._batches: list[tuple[list[tuple[Any, list[Any]]], list[int], PaddedBatch, torch.Tensor] | None] = []
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -113,26 +126,74 @@ class BlockInputs:
         """Numbers of the batches of which this process has samples."""
         return [number for number, entry in enumerate(self._batches) if entry is not None]
 
-    def add(self, batch: PaddedBatch, hidden: torch.Tensor, kwargs: dict[str, Any], modality: torch.Tensor) -> None:
-        """Keep a batch and its hidden states under the stream "float"."""
+    def add(
+        self,
+        batch: PaddedBatch,
+        hidden: Sequence[torch.Tensor],
+        calls: Sequence[dict[str, Any]],
+        modality: torch.Tensor,
+    ) -> None:
+        """Keep a batch and its hidden states under the stream "float".
+
+        Args:
+            batch: the samples.
+            hidden: what every block receives if the blocks only hand on, [batch, sequence, hidden] each.
+            calls: the other arguments of every block; what several blocks share is kept once.
+            modality: [batch, sequence] int8.
+        """
         number = len(self._batches)
-        leaves, spec = _pytree.tree_flatten(kwargs)
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                self.store.put(_leaf_key(number, index), leaf)
-                leaves[index] = _Stored()
-        self._batches.append((spec, leaves, batch, modality))
-        self.put("float", number, hidden)
+        for block, (before, now) in enumerate(pairwise(hidden), start=1):
+            if now is not before:
+                self.store.put(_added_key(number, block), now - before)
+                self._added.setdefault(number, set()).add(block)
+        kinds: list[tuple[Any, list[Any]]] = []
+        known: dict[tuple[int, ...], int] = {}
+        of_block = []
+        for kwargs in calls:
+            leaves, spec = _pytree.tree_flatten(kwargs)
+            same = tuple(map(id, leaves))
+            if same not in known:
+                known[same] = len(kinds)
+                kinds.append((spec, [self._kept(leaf, number, len(kinds), i) for i, leaf in enumerate(leaves)]))
+            of_block.append(known[same])
+        self._batches.append((kinds, of_block, batch, modality))
+        self.put("float", number, hidden[0])
+
+    def _kept(self, leaf: Any, number: int, kind: int, index: int) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        self.store.put(_leaf_key(number, kind, index), leaf)
+        return _Stored()
 
     def add_missing(self) -> None:
         """A global batch of which other processes have all samples."""
         self._batches.append(None)
 
+    def begin(self, block: int, streams: Sequence[str] = ("float",)) -> None:
+        """From here on `batch` speaks of this block, and the streams hold what enters it.
+
+        Args:
+            block: its number.
+            streams: hold what the block before it gave; some models add to that on the way.
+        """
+        self.block = block
+        for number in self.own:
+            if (added := self.added(number)) is not None:
+                for stream in streams:
+                    self.put(stream, number, self.get(stream, number) + added)
+
+    def added(self, number: int) -> torch.Tensor | None:
+        """What the model adds to the hidden states before the block, [batch, sequence, hidden]; None for nothing."""
+        key = _added_key(number, self.block)
+        return self.store.get(key, self.device) if self.block in self._added.get(number, ()) else None
+
     def batch(self, number: int) -> BlockBatch:
         """The batch without its hidden states."""
-        spec, leaves, padded, modality = self._entry(number)
+        kinds, of_block, padded, modality = self._entry(number)
+        kind = of_block[min(self.block, len(of_block) - 1)]
+        spec, leaves = kinds[kind]
         values = [
-            self.store.get(_leaf_key(number, index), self.device) if isinstance(leaf, _Stored) else leaf
+            self.store.get(_leaf_key(number, kind, index), self.device) if isinstance(leaf, _Stored) else leaf
             for index, leaf in enumerate(leaves)
         ]
         return BlockBatch(
@@ -147,7 +208,7 @@ class BlockInputs:
         inputs = self._entry(number)[2].inputs
         return {name: inputs[name].to(self.device) for name in ("input_ids", "answer") if name in inputs}
 
-    def _entry(self, number: int) -> tuple[Any, list[Any], PaddedBatch, torch.Tensor]:
+    def _entry(self, number: int) -> tuple[list[tuple[Any, list[Any]]], list[int], PaddedBatch, torch.Tensor]:
         entry = self._batches[number]
         assert entry is not None, f"batch {number} belongs to other processes"
         return entry
@@ -175,8 +236,12 @@ class _Stored:
     """Stands for a tensor that lies in the store."""
 
 
-def _leaf_key(number: int, index: int) -> str:
-    return f"argument-{number}-{index}"
+def _added_key(number: int, block: int) -> str:
+    return f"added-{number}-{block}"
+
+
+def _leaf_key(number: int, kind: int, index: int) -> str:
+    return f"argument-{number}-{kind}-{index}"
 
 
 def block_output(block: nn.Module, hidden: torch.Tensor, batch: BlockBatch, context: ModalityContext) -> torch.Tensor:
@@ -187,7 +252,7 @@ def block_output(block: nn.Module, hidden: torch.Tensor, batch: BlockBatch, cont
 
 
 class _Reached(Exception):
-    """The first block was called; nothing behind it needs to run."""
+    """The last block was called; nothing behind it needs to run."""
 
 
 @torch.no_grad()
@@ -198,7 +263,10 @@ def first_block_inputs(
     *,
     before: Callable[[PaddedBatch], None] | None = None,
 ) -> BlockInputs:
-    """Run the model up to its first language block and keep what the block is called with.
+    """Run the model up to its first language block and keep what the blocks are called with.
+
+    The blocks themselves do not run: each hands its hidden states on, so that the arguments of all are seen (layers may
+    have masks and positions of their own) and no weight of them is needed.
 
     Args:
         loaded: inside `outside_blocks`.
@@ -206,16 +274,8 @@ def first_block_inputs(
         store: where hidden states go.
         before: called with each batch before it runs.
     """
-    caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
     inputs = BlockInputs(store, loaded.device)
-
-    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        caught.append((hidden, kwargs))
-        raise _Reached
-
-    handle = loaded.language_blocks()[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
+    with passed_through(loaded.language_blocks()) as caught:
         for batch in batches:
             if not batch.inputs:
                 inputs.add_missing()
@@ -225,11 +285,35 @@ def first_block_inputs(
             given = {name: value.to(loaded.device) for name, value in batch.inputs.items()}
             with suppress(_Reached):
                 loaded.model(**{k: v for k, v in given.items() if k not in NOT_MODEL_INPUTS}, use_cache=False)
-            hidden, kwargs = caught.pop()
-            inputs.add(batch, hidden, kwargs, batch_modality(given, loaded.image_token_id))
-    finally:
-        handle.remove()
+            hidden, calls = zip(*caught, strict=True)
+            inputs.add(batch, hidden, calls, batch_modality(given, loaded.image_token_id))
+            caught.clear()
     return inputs
+
+
+@contextmanager
+def passed_through(blocks: nn.ModuleList) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
+    """Within the `with` block the blocks hand their hidden states on; behind the last one `_Reached` is raised.
+
+    Yields:
+        What the blocks were called with, in turn: hidden states and the other arguments.
+    """
+    caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def hand_on(*args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden: torch.Tensor = args[0] if args else kwargs.pop("hidden_states")
+        caught.append((hidden, kwargs))
+        if len(caught) == len(blocks):
+            raise _Reached
+        return hidden
+
+    try:
+        for block in blocks:
+            block.forward = hand_on
+        yield caught
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def batch_modality(inputs: dict[str, torch.Tensor], image_token_id: int | None) -> torch.Tensor:

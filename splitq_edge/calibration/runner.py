@@ -115,6 +115,7 @@ class Calibration:
         sensitivity = self._sensitivity(inputs)
         for index in range(blocks):
             block = self.loaded.block(index)
+            inputs.begin(index, ("float", "quantized") if self.config.learning.propagate == "quantized" else ("float",))
             if index < finished:
                 self._replay(index, block, inputs)
             else:

@@ -49,8 +49,12 @@ def collect_sensitivity(
     with torch.no_grad():
         for index in range(loaded.block_count):
             block = loaded.block(index)
+            inputs.block = index
             for number in numbers:
                 hidden = inputs.get(f"pass-{index}", number)
+                if (added := inputs.added(number)) is not None:
+                    hidden = hidden + added
+                    inputs.put(f"pass-{index}", number, hidden)
                 output = block_output(block, hidden, inputs.batch(number), loaded.context)
                 inputs.put(f"pass-{index + 1}", number, output)
             del block
@@ -60,6 +64,7 @@ def collect_sensitivity(
     sums: dict[str, torch.Tensor] = {}
     for index in reversed(range(loaded.block_count)):
         block = loaded.block(index)
+        inputs.block = index
         for number in numbers:
             if tokens:
                 importance = token_importance(gradients[number], inputs.batch(number).keep)

@@ -103,7 +103,7 @@ class _Chunk:
 
         pictures = {path: open_image(path) for path in dict.fromkeys(question.image for question in questions)}
         self._pictures = list(pictures.values())
-        self._processor = prompts.processor
+        self._prompts = prompts
         number = {path: index for index, path in enumerate(pictures)}
         known: Sequence[TopTokens | None] = [None] * len(questions) if references is None else references
         self.asked = [
@@ -118,8 +118,7 @@ class _Chunk:
 
     def pictures(self, layout: ImageLayout) -> list[Arrays]:
         """Each picture by itself, see `ImageLayout.pictures`."""
-        made = (self._processor.image_processor(images=[picture], return_tensors="np") for picture in self._pictures)
-        return [layout.pictures(encoded) for encoded in made]
+        return [layout.pictures(self._prompts.encode("", picture)) for picture in self._pictures]
 
     def batches(self) -> Iterator[list[int]]:
         """Numbers of questions of about the same length, so that little is padding."""
@@ -191,6 +190,7 @@ class OrtBackend:
         self._ends: list[int] = self.model.manifest["eos_token_ids"]
         self._image_token: int = self.model.manifest["image_token_id"]
         self._exact_cache = self.model.manifest["cache"]["dtype"] == "float32"
+        self._shares = self._exact_cache and not self.model.manifest.get("prompt_input")
         self._prompts = Prompts(self.processor, self._ends)
 
     def answer(self, questions: Sequence[Question], references: References = None) -> list[Answer]:
@@ -198,7 +198,7 @@ class OrtBackend:
         chunk = _Chunk(questions, self._prompts, references)
         pictures = chunk.pictures(self.model.image_layout)
         features = [part for group in _groups(pictures) for part in self._encode(group)]
-        start = shared_prefix([asked.prompt for asked in chunk.asked], self._image_token) if self._exact_cache else 0
+        start = shared_prefix([asked.prompt for asked in chunk.asked], self._image_token) if self._shares else 0
         prefix = self._prefill(chunk.asked[0].prompt[:start], features, pictures) if start else None
         answers: dict[int, Answer] = {}
         for batch in chunk.batches():
@@ -256,6 +256,7 @@ class OrtBackend:
         answers = answer_ids.shape[1]
         embeds, modality = self.model.embed(ids, features[:0] if start else features)
         positions = None if start else self.model.positions(ids, mask, pictures)
+        prompt = np.broadcast_to(np.arange(ids.shape[1]) < ids.shape[1] - answers, ids.shape).astype(np.int8)
         width = ids.shape[1]
         ends, kept = ([width], answers + 1) if self._exact_cache else (range(width - answers, width + 1), 1)
         logits, begin = [], 0
@@ -263,7 +264,13 @@ class OrtBackend:
             piece = slice(begin, end)
             own = None if positions is None else positions[..., piece]
             part, cache = self.model.decode(
-                embeds[:, piece], modality[:, piece], mask[:, : start + end], cache, own, logits_to_keep=kept
+                embeds[:, piece],
+                modality[:, piece],
+                mask[:, : start + end],
+                cache,
+                own,
+                logits_to_keep=kept,
+                prompt=prompt[:, piece],
             )
             logits.append(part)
             begin = end
@@ -333,7 +340,8 @@ class TorchBackend:
         prompts = left_padded([asked.prompt for asked in rows], self._pad)
         answers = right_padded([asked.answer[:-1] for asked in rows], self._pad)
         ids, mask = (np.concatenate(pair, -1) for pair in zip(prompts, answers, strict=True))
-        inputs = self._inputs(ids, mask, pictures)
+        behind = np.broadcast_to(np.arange(ids.shape[1]) >= prompts[0].shape[1], ids.shape).astype(np.int64)
+        inputs = self._inputs(ids, mask, pictures, behind)
         logits = self.loaded.model(**inputs, position_ids=self._positions(ids, mask, pictures), use_cache=False).logits
         return np.asarray(logits[:, prompts[0].shape[1] - 1 :].numpy())
 
@@ -344,22 +352,24 @@ class TorchBackend:
         found = self._layout.positions(ids, mask, pictures, self.loaded.image_token_id)
         return torch.from_numpy(np.maximum(mask.cumsum(-1) - 1, 0) if found is None else found)
 
-    def _inputs(self, ids: np.ndarray, mask: np.ndarray, pictures: Arrays) -> dict[str, Any]:
+    def _inputs(self, ids: np.ndarray, mask: np.ndarray, pictures: Arrays, answers: np.ndarray) -> dict[str, Any]:
+        """What the model takes; answers: [batch, sequence] int64, 1 behind the prompt."""
         import torch
 
-        assert self.loaded.image_token_id is not None
         arrays = {
             "input_ids": ids,
             "attention_mask": mask,
             **self._layout.model_inputs(pictures),
-            **self._layout.token_types(ids, self.loaded.image_token_id),
         }
+        if kind := self.loaded.adapter.token_types:
+            prompt = self.loaded.adapter.bidirectional == "prompt"
+            arrays[kind] = answers if prompt else (ids == self.loaded.image_token_id).astype(np.int64)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _generate(self, prompts: list[list[int]], pictures: Arrays) -> list[list[int]]:
         ids, mask = left_padded(prompts, self._pad)
         tokens = self.loaded.model.generate(
-            **self._inputs(ids, mask, pictures),
+            **self._inputs(ids, mask, pictures, np.zeros_like(ids)),
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
             suppress_tokens=[self.loaded.image_token_id],

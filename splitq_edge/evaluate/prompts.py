@@ -35,15 +35,14 @@ class Prompts:
         """
         key = (picture.size, text)
         if key not in self._prompts:
-            encoded = self.processor.apply_chat_template(
-                chat(text, picture),
-                tokenize=True,
-                return_dict=True,
-                return_tensors="np",
-                add_generation_prompt=True,
-            )
-            self._prompts[key] = [int(token) for token in encoded["input_ids"][0]]
+            self._prompts[key] = [int(token) for token in self.encode(text, picture)["input_ids"][0]]
         return self._prompts[key]
+
+    def encode(self, text: str, picture: Any) -> Any:
+        """What the processor makes of the chat up to where the answer begins, as numpy arrays by name."""
+        return self.processor.apply_chat_template(
+            chat(text, picture), tokenize=True, return_dict=True, return_tensors="np", add_generation_prompt=True
+        )
 
     def answer(self, text: str, answer: str) -> list[int]:
         """Ids that the chat template puts behind the generation prompt for an answer, its end token included.

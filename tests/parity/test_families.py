@@ -29,7 +29,7 @@ from splitq_edge.runtime_ops.verify import verify_files, verify_parity
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ("llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl")
+FAMILIES = ("gemma3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 WITH_NATIVE = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1" or library_path() is not None
 STEPS = 8
 SIZES = {"wide": (150, 60), "square": (90, 90), "tall": (40, 130)}

@@ -17,13 +17,16 @@ from splitq_edge.errors import SplitQError, UnsupportedModelError
 
 # 2 vision blocks, projector, 2 language blocks of 7, lm_head
 LINEARS = {
+    "gemma3": 2 * 6 + 0 + 2 * 7 + 1,  # its projector is a bare matrix
     "idefics3": 2 * 6 + 1 + 2 * 7 + 1,
+    "internvl": 2 * 6 + 2 + 2 * 7 + 1,
     "llama": 2 * 7 + 1,
     "llava": 2 * 6 + 2 + 2 * 7 + 1,
     "llava_next": 2 * 6 + 2 + 2 * 7 + 1,
     "llava_onevision": 2 * 6 + 2 + 2 * 7 + 1,
     "qwen2_5_vl": 2 * 5 + 2 + 2 * 7 + 1,
     "qwen2_vl": 2 * 4 + 2 + 2 * 7 + 1,
+    "qwen3_vl": 2 * 4 + 2 + 2 + 2 * 7 + 1,  # the merger and one more for deepstack
     "smolvlm": 2 * 6 + 1 + 2 * 7 + 1,
 }
 

@@ -62,7 +62,7 @@ def factor_task(tmp_path: Path, block: Factor, weights: tuple[float, float] = (1
     mask = torch.tensor([[0, 1, 1, 1, 1]])
     inputs = BlockInputs(ActivationStore(tmp_path / "activations"), torch.device("cpu"))
     batch = PaddedBatch({"input_ids": mask, "attention_mask": mask}, torch.tensor([0]))
-    inputs.add(batch, hidden, {}, torch.tensor([[0, 0, 1, 0, 0]], dtype=torch.int8))
+    inputs.add(batch, [hidden], [{}], torch.tensor([[0, 0, 1, 0, 0]], dtype=torch.int8))
     inputs.put("target", 0, hidden * 3)
     sites: Any = [block]
     return BlockTask(block, sites, inputs, "float", ModalityContext(), ALONE, weights)
