@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ class Factor(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"transform": [self.factor], "clip": [], "gate": []}
+
+    def holding_weight(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def factor_task(tmp_path: Path, block: Factor, weights: tuple[float, float] = (1.0, 1.0)) -> BlockTask:
