@@ -11,7 +11,7 @@ TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 SMOLVQA := build/models/smolvqa-135m
 SMOLVQA_TABLE := --task all --limit 500 --epochs 4 --results models/smolvqa-135m/results.json --work build/table-smolvqa
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-wheel test-arm64 test-arm64-model test-js test-asan bench-kernels lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-transformers test-wheel test-arm64 test-arm64-model test-js test-asan bench-kernels lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -45,6 +45,11 @@ accuracy-smoke: $(SMOLVQA)/config.json
 
 test: $(DEV_STAMP)
 	SPLITQ_EXPECT_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope
+
+TRANSFORMERS := 5.21 5.22 5.24
+
+test-transformers: $(DEV_STAMP)
+	SPLITQ_EXPECT_NATIVE=1 bash tests/packaging/test_transformers.sh $(BIN)/python $(TRANSFORMERS)
 
 test-fast: $(DEV_STAMP)
 	SPLITQ_EXPECT_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow"

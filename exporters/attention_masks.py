@@ -7,8 +7,8 @@ import torch
 MASKED = torch.finfo(torch.float32).min
 
 
-def group_mask(attention_mask: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """What new tokens may look at: those before them, and those of their own group behind them.
+def causal_and_group_masks(attention_mask: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What new tokens may look at: those up to themselves, and those of their own group.
 
     Args:
         attention_mask: [batch, past + sequence] int64, 0 for padding.
@@ -16,14 +16,14 @@ def group_mask(attention_mask: torch.Tensor, groups: torch.Tensor) -> torch.Tens
             has all its tokens in one call.
 
     Returns:
-        [batch, sequence, past + sequence] bool; padding is not left out yet.
+        [sequence, past + sequence] and [batch, sequence, past + sequence] bool; padding is not left out yet.
     """
     total, new = attention_mask.shape[1], groups.shape[1]
     keys = torch.arange(total)
     causal = keys <= keys[total - new :, None]  # [sequence, total]
     of_keys = torch.cat([groups.new_full((groups.shape[0], total - new), -1), groups], 1)
     together = (groups[:, :, None] == of_keys[:, None]) & (groups[:, :, None] >= 0)
-    return causal | together
+    return causal, together
 
 
 def near_mask(attention_mask: torch.Tensor, new: int, window: int) -> torch.Tensor:

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitq_edge.exporters.attention_masks import additive, group_mask, image_groups, near_mask, prompt_groups
+from splitq_edge.exporters.attention_masks import (
+    additive,
+    causal_and_group_masks,
+    image_groups,
+    near_mask,
+    prompt_groups,
+)
 from splitq_edge.exporters.patch_encoder import PatchEncoder
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext, modality_of
@@ -252,12 +258,14 @@ class Decoder(nn.Module):
             groups = prompt_groups(prompt)
         else:
             return attention_mask
-        seen = group_mask(attention_mask, groups)
-        full = additive(seen, attention_mask)
+        causal, together = causal_and_group_masks(attention_mask, groups)
+        full = additive(causal | together, attention_mask)
         if "sliding_attention" not in (getattr(self.config, "layer_types", None) or ()):
             return full
         near = near_mask(attention_mask, groups.shape[1], self.config.sliding_window)
-        return {"full_attention": full, "sliding_attention": additive(seen & near, attention_mask)}
+        # A picture's tokens see no further than the window; a prompt sees itself whole.
+        seen = near & (causal | together) if self.bidirectional == "image" else (near & causal) | together
+        return {"full_attention": full, "sliding_attention": additive(seen, attention_mask)}
 
     def _float_layer(self, layer: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Past key and value of a layer, [batch, kv_heads, past, head_dim] float32."""

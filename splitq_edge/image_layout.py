@@ -35,6 +35,8 @@ class ImageLayout:
         merge_size: patches: how many an image token has on a side.
         grid_side: patches: rows and columns of the square grid of learned positions; 0: there is none.
         window: patches: image tokens on a side of a window of local attention; 0: all attention is global.
+        answer_apart: the answer's tokens are put behind the processed prompt, as in a family whose processor closes the
+            prompt itself.
         mrope: the language model's positions are those of `splitq_edge.mrope`.
         resolutions: anyres: see `splitq_edge.anyres.Grids`; so the three below.
         tile: see resolutions.
@@ -47,6 +49,7 @@ class ImageLayout:
     grid_side: int = 0
     window: int = 0
     mrope: bool = False
+    answer_apart: bool = False
     resolutions: tuple[tuple[int, int], ...] = ()
     tile: int = 0
     side: int = 0
@@ -66,7 +69,7 @@ class ImageLayout:
                 most_tiles=int(limit.rpartition("_")[2]) if limit.startswith("anyres_max_") else 0,
             )
         if adapter.pixel_layout != "patches":
-            return cls(adapter.pixel_layout)
+            return cls(adapter.pixel_layout, answer_apart=adapter.bidirectional == "prompt")
         local = getattr(vision, "fullatt_block_indexes", None) is not None
         window = vision.window_size // vision.spatial_merge_size // vision.patch_size if local else 0
         side = math.isqrt(getattr(vision, "num_position_embeddings", 0))

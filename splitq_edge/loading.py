@@ -289,7 +289,10 @@ def _load_processor(
     if not adapter.image_token_field:
         return transformers.AutoTokenizer.from_pretrained(source, revision=revision, **code)
     if not adapter.image_only_processor:
-        return transformers.AutoProcessor.from_pretrained(source, revision=revision, **code)
+        processor = transformers.AutoProcessor.from_pretrained(source, revision=revision, **code)
+        if adapter.chat_template and not processor.chat_template:
+            processor.chat_template = adapter.chat_template
+        return processor
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, **code)
     image_token = tokenizer.convert_ids_to_tokens(int(getattr(config, adapter.image_token_field)))
     return image_only(adapter.image_only_processor).from_pretrained(

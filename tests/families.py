@@ -215,6 +215,20 @@ def tiny_internvl_config(*, tied: bool = True) -> Any:
     )
 
 
+def tiny_paligemma_config(*, tied: bool = True) -> Any:
+    """Configuration of a PaliGemma: pictures of 32 pixels give 16 tokens."""
+    from transformers import PaliGemmaConfig
+
+    return PaliGemmaConfig(
+        vision_config=SIGLIP_VISION,
+        text_config={**LLAMA_TEXT, "model_type": "gemma", "head_dim": 16},
+        image_token_index=IMAGE_TOKEN_ID,
+        projection_dim=96,
+        hidden_size=96,
+        tie_word_embeddings=tied,
+    )
+
+
 def tiny_llama_config() -> Any:
     """Configuration of a text-only Llama with tied embeddings, as SmolLM2 has them."""
     from transformers import LlamaConfig
@@ -239,6 +253,7 @@ TINY_CONFIGS = {
     "llava": tiny_llava_config,
     "llava_next": tiny_llava_next_config,
     "llava_onevision": tiny_llava_onevision_config,
+    "paligemma": tiny_paligemma_config,
     "qwen2_5_vl": tiny_qwen2_5_vl_config,
     "qwen2_vl": tiny_qwen2_vl_config,
     "qwen3_vl": tiny_qwen3_vl_config,
@@ -353,6 +368,18 @@ def save_internvl_processor(_model_type: str, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
+def save_paligemma_processor(_model_type: str, folder: Path) -> None:
+    """Files of a PaliGemma's processor, which has no chat template."""
+    tiny_tokenizer().save_pretrained(folder)
+    images = {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+        "image_seq_length": 16,
+        "size": {"height": TILE_SIZE, "width": TILE_SIZE},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(images), encoding="utf-8")
+
+
 def save_qwen_processor(model_type: str, folder: Path) -> None:
     """Files of a Qwen-VL's processor."""
     tiny_tokenizer().save_pretrained(folder)
@@ -376,6 +403,7 @@ PROCESSORS: dict[str, Callable[[str, Path], Any]] = {
     "llava": lambda _model_type, folder: tiny_processor().save_pretrained(folder),
     "llava_next": save_anyres_processor,
     "llava_onevision": save_anyres_processor,
+    "paligemma": save_paligemma_processor,
     **dict.fromkeys(QWEN_PROCESSORS, save_qwen_processor),
     "smolvlm": save_tile_processor,
 }
@@ -443,6 +471,7 @@ INPUTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     "llava": partial(image_inputs, IMAGE_TOKENS, IMAGE_TOKENS, 2, 3, 56, 56),
     "llava_next": anyres_inputs,
     "llava_onevision": anyres_inputs,
+    "paligemma": partial(image_inputs, 16, 16, 2, 3, TILE_SIZE, TILE_SIZE),
     **dict.fromkeys(QWEN_PROCESSORS, qwen_inputs),
     "smolvlm": partial(image_inputs, 3 * TILE_TOKENS, TILE_TOKENS, 4, 1, 3, TILE_SIZE, TILE_SIZE),
 }

@@ -49,6 +49,7 @@ class ModelAdapter:
         token_types: input of the transformers model that tells image tokens (1) from text (0), if it has one; where
             `bidirectional` is "prompt", what follows the prompt (1) from the prompt.
         mrope: whether the language model's positions have three axes (`splitq_edge.mrope`).
+        chat_template: Jinja template of chats where the family's checkpoints have none.
         image_only_processor: transformers class that is loaded as the family's processor, without its half for videos
             where it has one: that needs torchvision, here and where the exported folder runs. It may be another
             family's that makes the same inputs of text and images.
@@ -79,6 +80,7 @@ class ModelAdapter:
     bidirectional: str = ""
     token_types: str = ""
     mrope: bool = False
+    chat_template: str = ""
     image_only_processor: str = ""
     genai_type: str = ""
     transformers_js: bool = False

@@ -8,6 +8,7 @@ from splitq_edge.adapters import (
     llava,
     llava_next,
     llava_onevision,
+    paligemma,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
@@ -24,6 +25,7 @@ FAMILIES = (
     llava,
     llava_next,
     llava_onevision,
+    paligemma,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
@@ -41,6 +43,6 @@ def adapter_for(model_type: str) -> ModelAdapter:
     if model_type not in ADAPTERS:
         raise UnsupportedModelError(
             f"model type '{model_type}': expected one of {', '.join(sorted(ADAPTERS))}; "
-            "use a model of a supported family"
+            "use a model of a supported family, or add one as docs/add-a-model.md says"
         )
     return ADAPTERS[model_type]

@@ -152,18 +152,35 @@ def encode_sample(processor: Any, sample: CalibrationSample, layout: ImageLayout
     Raises:
         SplitQError: an image cannot be read or the processor refuses the chat.
     """
-    encoded = _render(processor, sample, list(sample.messages), generate=False)
+    answered = sample.messages[-1]["role"] == "assistant"
+    if layout.answer_apart and answered:
+        encoded = _behind_prompt(processor, sample)
+    else:
+        encoded = _render(processor, sample, list(sample.messages), generate=False)
+    encoded.pop("labels", None)
     pictures = layout.model_inputs(layout.pictures(encoded))
     encoded.pop("pixel_attention_mask", None)
     encoded.update({name: torch.from_numpy(array) for name, array in pictures.items()})
     answer = torch.zeros_like(encoded["input_ids"], dtype=torch.bool)
-    if sample.messages[-1]["role"] == "assistant":
+    if answered:
         prompt = _render(processor, sample, list(sample.messages[:-1]), generate=True)["input_ids"]
         length = prompt.shape[1]
         if torch.equal(encoded["input_ids"][:, :length], prompt):
             answer[:, length:] = True
     # A template that renders the prompt differently without its answer leaves all text as the answer.
     encoded["answer"] = answer if bool(answer.any()) else encoded["attention_mask"].bool()
+    return encoded
+
+
+def _behind_prompt(processor: Any, sample: CalibrationSample) -> dict[str, Any]:
+    """The processed prompt with the answer's tokens and the end token behind it, of token type 1."""
+    encoded = _render(processor, sample, list(sample.messages[:-1]), generate=True)
+    text = "".join(part["text"] for part in sample.messages[-1]["content"])
+    ids = processor.tokenizer(text + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    behind = torch.tensor([ids])
+    ones = torch.ones_like(behind)
+    for name, tokens in (("input_ids", behind), ("attention_mask", ones), ("token_type_ids", ones)):
+        encoded[name] = torch.cat([encoded[name], tokens], 1)
     return encoded
 
 

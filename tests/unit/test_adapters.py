@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ LINEARS = {
     "llava": 2 * 6 + 2 + 2 * 7 + 1,
     "llava_next": 2 * 6 + 2 + 2 * 7 + 1,
     "llava_onevision": 2 * 6 + 2 + 2 * 7 + 1,
+    "paligemma": 2 * 6 + 1 + 2 * 7 + 1,
     "qwen2_5_vl": 2 * 5 + 2 + 2 * 7 + 1,
     "qwen2_vl": 2 * 4 + 2 + 2 * 7 + 1,
     "qwen3_vl": 2 * 4 + 2 + 2 + 2 * 7 + 1,  # the merger and one more for deepstack
@@ -116,6 +118,9 @@ def test_unknown_model_type_lists_the_supported_ones() -> None:
     message = str(raised.value)
     assert "'resnet'" in message
     assert all(model_type in message for model_type in ADAPTERS)
+    page = "docs/add-a-model.md"
+    assert page in message
+    assert (Path(__file__).parents[2] / page).is_file()
 
 
 def test_registry_keys_are_the_adapters_own_model_types() -> None:
