@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,23 +13,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from splitq_edge import __version__
 from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_json
 from splitq_edge.calibration.extra_sites import EXTRAS
 from splitq_edge.convert import QuantizedModel, effective_bits
 from splitq_edge.errors import SplitQError
+from splitq_edge.exporters.decoder_graph import cache_shape, finish_decoder, trace_decoder
 from splitq_edge.exporters.layouts.layout import ExportParts
 from splitq_edge.exporters.layouts.registry import layout_named
 from splitq_edge.exporters.onnx_export import check_axes, trace
-from splitq_edge.exporters.parts import CacheShape, Decoder, EmbedTokens, vision_encoder
+from splitq_edge.exporters.parts import Decoder, EmbedTokens, vision_encoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
 from splitq_edge.exporters.passes.expand_sites import expand_sites
-from splitq_edge.exporters.passes.fuse_attention import fuse_attention
-from splitq_edge.exporters.passes.fuse_norm import fuse_norms
-from splitq_edge.exporters.passes.pack_attention import pack_attention
-from splitq_edge.exporters.passes.trim_logits import trim_logits
 from splitq_edge.exporters.quantization_config import quantization_config
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
@@ -40,8 +36,6 @@ from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.kv_cache import cache_tensors
 from splitq_edge.quant.metrics import sqnr_db
 from splitq_edge.report.quality_report import REPORT_FILE, build_report
-
-logger = logging.getLogger(__name__)
 
 FLAVOURS = ("portable", "packed")
 PARITY_FILE = "parity.npz"
@@ -98,7 +92,7 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
     graphs = {
         "vision_encoder": _vision_graph(loaded, quantized, request),
         "embed_tokens": _embed_graph(loaded, features),
-        "decoder": _decoder_graph(loaded, quantized, request, embeds.shape[-1]),
+        "decoder": _decoder_graph(loaded, quantized, request),
     }
     attention = graphs["decoder"].metadata_props.get("splitq.attention", "standard")
     parts = ExportParts(loaded, graphs, parity, _manifest(loaded, quantized, request, features, sensitivity, attention))
@@ -188,79 +182,22 @@ def _embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
     return model
 
 
-def _decoder_graph(
-    loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest, hidden: int
-) -> ir.Model:
-    cache = cache_shape(loaded, quantized)
-    generator = torch.Generator().manual_seed(request.seed)
-    batch, sequence, past = 2, 3, 5  # 0 and 1 would be taken as constants
-    with_modality = takes_modality(loaded, quantized)
-    positions = torch.arange(past, past + sequence).expand(batch, sequence).contiguous()
-    step: dict[int, str] = {0: "batch", 1: "sequence"}
-    counted = step
-    if loaded.adapter.mrope:
-        positions, counted = positions.repeat(3, 1, 1), {1: "batch", 2: "sequence"}
-    inputs: dict[str, Any] = {
-        "inputs_embeds": torch.randn(batch, sequence, hidden, generator=generator),
-        "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
-        "position_ids": positions,
-        "past": cache.random(batch, past, generator),
-    }
-    kv = {0: "batch", 2: "past_sequence"}
-    axes: dict[str, dict[int, str]] = {
-        "inputs_embeds": step,
-        "attention_mask": {0: "batch", 1: "total_sequence"},
-        "position_ids": counted,
-    }
-    dynamic: dict[str, Any] = {**axes, "past": [(kv,) * len(cache_tensors(cache.bits))] * cache.layers}
-    axes |= dict.fromkeys(cache.names("past_key_values"), kv)
-    if with_modality:
-        inputs["modality"] = torch.zeros(batch, sequence, dtype=torch.int8)
-        dynamic["modality"] = axes["modality"] = step
-    if loaded.adapter.bidirectional == "prompt":
-        inputs["prompt"] = torch.zeros(batch, sequence, dtype=torch.int8)
-        dynamic["prompt"] = axes["prompt"] = step
-
-    def traced() -> ir.Model:
-        model = trace(
-            Decoder(loaded, with_modality=with_modality, kv_cache_bits=cache.bits),
-            inputs,
-            input_names=list(axes),
-            output_names=["logits", *cache.names("present")],
-            dynamic=dynamic,
-        )
-        trim_logits(model)
-        return model if request.attention == "standard" else _fused(loaded, model)
-
+def _decoder_graph(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest) -> ir.Model:
     sites = {} if quantized is None else quantized.sites | quantized.extras.get("lm_head", {})
-    model = _with_sites(traced, quantized, sites, request)
-    pack_attention(model)
-    RemoveUnusedNodesPass()(model)
-    check_axes(model, axes)
-    return model
-
-
-def _fused(loaded: LoadedModel, model: ir.Model) -> ir.Model:
-    """The decoder with fused nodes in place of what ONNX Runtime would run as many; as it is where it does not fit."""
-    max_positions = int(loaded.model.config.get_text_config().max_position_embeddings)
-    reason = fuse_attention(model, max_positions=max_positions)
-    if reason is not None:
-        logger.warning("decoder: attention stays in standard ops: %s", reason)
-        return model
-    fuse_norms(model)
-    model.metadata_props["splitq.attention"] = "fused"
+    with nullcontext() if quantized is None else placeholders(quantized):
+        model = trace_decoder(
+            loaded,
+            cache_shape(loaded, quantized),
+            request.attention,
+            with_modality=takes_modality(loaded, quantized),
+        )
+    finish_decoder(model, sites, packed=request.flavour == "packed")
     return model
 
 
 def takes_modality(loaded: LoadedModel, quantized: QuantizedModel | None) -> bool:
     """Whether the decoder's graph has the modality mask as input."""
     return loaded.adapter.bidirectional == "image" or (quantized is not None and reads_modality(quantized))
-
-
-def cache_shape(loaded: LoadedModel, quantized: QuantizedModel | None) -> CacheShape:
-    """The exported decoder's cache."""
-    bits = 0 if quantized is None else quantized.config.kv_cache_bits
-    return CacheShape.of(loaded.model.config.get_text_config(), bits)
 
 
 def _describe(model: ir.Model, part: str, quantized: QuantizedModel | None, request: ExportRequest) -> None:

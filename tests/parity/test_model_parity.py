@@ -34,7 +34,7 @@ from builders import (
 
 from splitq_edge.config import PRESETS, preset
 from splitq_edge.convert import QuantizedModel, effective_bits
-from splitq_edge.exporters import export_folder
+from splitq_edge.exporters import decoder_graph, export_folder
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
 from splitq_edge.loading import LoadedModel
 from splitq_edge.runtime_ops import library_path
@@ -97,6 +97,7 @@ def export(
     folder = tmp_path_factory.mktemp(f"{scheme}-{flavour}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_folder, "trace", traced_once)
+        patch.setattr(decoder_graph, "trace", traced_once)
         write_export(loaded, quantized, ExportRequest(flavour, batches[0], {"source": "test"}, 0), folder)
     engines = {"functions": ExportedModel(folder, native=False, threads=1)}
     if WITH_NATIVE:
