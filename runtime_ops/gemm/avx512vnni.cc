@@ -41,7 +41,7 @@ constexpr int kPanels = 3;  // of a tile
 
 // Channels of a product, of a block: up to these, waiting for the sums of a single row costs more
 // than reading three panels at once.
-constexpr int64_t kShort = 512;
+constexpr int64_t kShort = 128;
 constexpr int64_t kShortBlock = 64;
 
 // The scales of a panel lie a row of channels apart, where no processor foresees them: a single row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,9 @@ def write_checkpoint(shape: str, folder: Path) -> None:
 
 def write_genai(checkpoint: Path, folder: Path) -> None:
     """What `onnxruntime_genai.models.builder` makes of a checkpoint in int4 for the CPU, its defaults."""
-    from onnxruntime_genai.models.builder import create_model
-
     if not (folder / "genai_config.json").exists():
-        create_model("", str(checkpoint), str(folder), "int4", "cpu", str(folder.parent / "cache"))
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+        subprocess.run([*builder, "-i", str(checkpoint), "-o", str(folder), "-c", str(folder.parent)], check=True)
 
 
 def write_gguf(checkpoint: Path, shape: str, folder: Path) -> None:
