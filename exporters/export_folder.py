@@ -380,6 +380,7 @@ def _manifest(
             for name, limit in limits.items()
         },
         "attention": attention,
+        "max_positions": int(loaded.text_config.max_position_embeddings),
         "logits_to_keep": True,
         "modality_input": takes_modality(loaded, quantized),
         "prompt_input": loaded.adapter.bidirectional == "prompt",

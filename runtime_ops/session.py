@@ -222,8 +222,9 @@ class ExportedModel:
             Logits [batch, kept, vocabulary] float32 and the grown cache.
 
         Raises:
-            SplitQError: ONNX Runtime refused the inputs.
+            SplitQError: there are more tokens than the model has positions, or ONNX Runtime refused the inputs.
         """
+        self._check_length(attention_mask.shape[1])
         shift, real = cache.shift, attention_mask[:, cache.length :]
         if positions is not None:
             shift = np.where(real, positions.max(0), -1).max(-1) + 1 - attention_mask.sum(-1)
@@ -250,6 +251,14 @@ class ExportedModel:
             logits, grown = cache.step(session, feeds)
         grown.shift = shift
         return (logits if trims else logits[:, -logits_to_keep:]), grown
+
+    def _check_length(self, tokens: int) -> None:
+        """The fused attention has a table of positions; standard ops go on beyond what the model was trained for."""
+        most = self.manifest.get("max_positions", tokens)
+        if tokens > most and self.manifest.get("attention") == "fused":
+            raise SplitQError(
+                f"prompt: expected at most {most} tokens with the answer and padding, got {tokens}; shorten them"
+            )
 
 
 @contextmanager

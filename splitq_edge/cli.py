@@ -234,6 +234,24 @@ def run(out: Path, images: tuple[Path, ...], prompt: str, **options: Any) -> Non
     click.echo()
 
 
+@main.command()
+@click.argument("out", type=PATH)
+@click.option("--prompt-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="With the images'.")
+@click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(min=2), help="Tokens of the answer.")
+@click.option("--images", default=1, show_default=True, type=click.IntRange(min=0), help="Pictures in the prompt.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: ONNX Runtime chooses.")
+@click.option("--native/--functions", default=None, help="Native kernels or function bodies; default: native if there.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Answers; medians are shown.")
+@click.option("--json", "json", type=PATH, help="Write the result to this file too.")
+@_reports_errors
+def bench(**options: Any) -> None:
+    """Time the exported folder OUT: loading, pictures, first token, the tokens after it; and its peak memory."""
+    from splitq_edge.commands.bench import BenchOptions, report_lines, run_bench
+
+    for line in report_lines(run_bench(BenchOptions(**options))):
+        click.echo(line)
+
+
 @main.command("eval")
 @click.argument("model")
 @click.option("--task", default="easyvqa", show_default=True, help="Built-in tasks, with commas between, or all.")
