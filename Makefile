@@ -11,7 +11,7 @@ TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 SMOLVQA := build/models/smolvqa-135m
 SMOLVQA_TABLE := --task all --limit 500 --epochs 4 --results models/smolvqa-135m/results.json --work build/table-smolvqa
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-transformers test-wheel test-arm64 test-arm64-model test-js test-asan bench-kernels lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-transformers test-wheel test-arm64 test-arm64-model test-js test-asan bench-kernels bench-model lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -63,6 +63,12 @@ test-wheel: $(STAMP)
 bench-kernels: $(STAMP)
 	bash tests/bench/peers/build.sh $(BIN)/python build/peers
 	$(BIN)/python tests/bench/kernels.py --native build/peers/cmake/libbench_peers.so --json build/bench/kernels.json $(BENCH)
+
+# Whole decoders beside onnxruntime-genai's and llama.cpp's, which it installs and builds; --shapes 1.5B takes 12 GB of
+# disk and memory. BENCH="--threads 1 --prompt-tokens 256" and the like make it shorter.
+bench-model: $(STAMP)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python -c constraints.txt gguf llama-cpp-python onnxruntime-genai
+	$(BIN)/python tests/bench/model.py --json build/bench/model.json $(BENCH)
 
 # The ARM64 kernels under qemu: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm64:
