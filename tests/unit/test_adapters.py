@@ -125,3 +125,8 @@ def test_unknown_model_type_lists_the_supported_ones() -> None:
 
 def test_registry_keys_are_the_adapters_own_model_types() -> None:
     assert {name: adapter.model_type for name, adapter in ADAPTERS.items()} == {name: name for name in ADAPTERS}
+
+
+def test_genai_runs_no_family_whose_vision_graph_takes_more_than_pixels(adapter: ModelAdapter) -> None:
+    if adapter.pixel_layout not in ("images", "tiles") or adapter.bidirectional or adapter.deepstack:
+        assert not adapter.genai_type
