@@ -11,7 +11,7 @@ TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 SMOLVQA := build/models/smolvqa-135m
 SMOLVQA_TABLE := --task all --limit 500 --epochs 4 --results models/smolvqa-135m/results.json --work build/table-smolvqa
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-transformers test-wheel test-arm64 test-arm64-model test-js test-asan bench-kernels bench-model lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-transformers test-wheel test-qnn test-web test-arm64 test-arm64-model test-js test-asan bench-kernels bench-model lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -69,6 +69,19 @@ bench-kernels: $(STAMP)
 bench-model: $(STAMP)
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python -c constraints.txt gguf llama-cpp-python onnxruntime-genai
 	$(BIN)/python tests/bench/model.py --json build/bench/model.json $(BENCH)
+
+# The portable flavour in onnxruntime-node and, on the demo page, in headless Chromium.
+test-web: $(DEV_STAMP)
+	@if ! command -v npm >/dev/null; then echo "test-web: skipped, npm is not installed"; else \
+	  mkdir -p build/web && cp docs/demo/package.json build/web && \
+	  npm install --prefix build/web --ignore-scripts --no-audit --no-fund --loglevel=error && \
+	  SPLITQ_WEB_MODULES=build/web OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/web; \
+	fi
+
+# The static graphs through Qualcomm's compiler and its emulator; x86-64 Linux, Python 3.11 or newer.
+test-qnn: $(DEV_STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt onnxruntime-qnn
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit/test_target_check.py tests/parity/test_static_export.py tests/parity/test_static_block.py
 
 # The ARM64 kernels under qemu: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm64:

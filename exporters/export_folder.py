@@ -37,7 +37,7 @@ from splitq_edge.quant.kv_cache import cache_tensors
 from splitq_edge.quant.metrics import sqnr_db
 from splitq_edge.report.quality_report import REPORT_FILE, build_report
 
-FLAVOURS = ("portable", "packed")
+FLAVOURS = ("portable", "packed", "qdq")
 PARITY_FILE = "parity.npz"
 PARITY_POSITIONS = 8  # logits kept of a parity sample
 MIDDLE_TOKENS = 8  # of the parity sample between picture and text
@@ -86,26 +86,28 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
     check_exportable(loaded)
     parity: dict[str, np.ndarray] = {}
     with torch.inference_mode():
-        features = _parity_vision(loaded, request, parity)
-        embeds, modality = _parity_embed(loaded, request, features, parity)
+        features = parity_vision(loaded, request, parity)
+        embeds, modality = parity_embed(loaded, request, features, parity)
         sensitivity = _parity_decoder(loaded, quantized, request, (embeds, modality), parity)
     graphs = {
         "vision_encoder": _vision_graph(loaded, quantized, request),
-        "embed_tokens": _embed_graph(loaded, features),
+        "embed_tokens": embed_graph(loaded, features),
         "decoder": _decoder_graph(loaded, quantized, request),
     }
     attention = graphs["decoder"].metadata_props.get("splitq.attention", "standard")
-    parts = ExportParts(loaded, graphs, parity, _manifest(loaded, quantized, request, features, sensitivity, attention))
+    parts = ExportParts(
+        loaded, graphs, parity, manifest_of(loaded, quantized, request, features, sensitivity, attention)
+    )
     layout = layout_named(request.layout)
     layout.adapt(parts)
     for name, model in graphs.items():
-        _describe(model, name, quantized, request)
+        describe_graph(model, name, quantized, request)
         path = folder / layout.file(name, parts.manifest)
         path.parent.mkdir(exist_ok=True)
         parts.manifest["parts"][name]["file"] = path.relative_to(folder).as_posix()
         ir.save(model, path, external_data=path.name + layout.data_suffix, size_threshold_bytes=EXTERNAL_BYTES)
     np.savez(folder / PARITY_FILE, **parity)  # type: ignore[arg-type]
-    _write_companions(loaded, quantized, folder)
+    write_companions(loaded, quantized, folder)
     layout.write_companions(parts, folder)
     if quantized is not None:
         bits = effective_bits(quantized.sites)
@@ -131,7 +133,7 @@ def check_exportable(loaded: LoadedModel) -> int:
 def _vision_graph(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest) -> ir.Model:
     layout = loaded.image_layout
     pictures = _pictures(layout, request)
-    twice = _tensors(layout.graph_inputs(join([pictures, pictures])))  # an axis of 1 would be taken as constant
+    twice = tensors(layout.graph_inputs(join([pictures, pictures])))  # an axis of 1 would be taken as constant
 
     def traced() -> ir.Model:
         return trace(
@@ -165,7 +167,8 @@ def _with_sites(
     return model
 
 
-def _embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
+def embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
+    """The token embedding with dynamic axes; features are image rows as the vision encoder gives them."""
     flat = features.dim() == 2
     dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "rows" if flat else "images"}}
     model = trace(
@@ -200,7 +203,7 @@ def takes_modality(loaded: LoadedModel, quantized: QuantizedModel | None) -> boo
     return loaded.adapter.bidirectional == "image" or (quantized is not None and reads_modality(quantized))
 
 
-def _describe(model: ir.Model, part: str, quantized: QuantizedModel | None, request: ExportRequest) -> None:
+def describe_graph(model: ir.Model, part: str, quantized: QuantizedModel | None, request: ExportRequest) -> None:
     """Provenance in the file itself, for whoever opens it alone."""
     model.producer_name, model.producer_version = "splitq-edge", __version__
     model.graph.name = part
@@ -221,24 +224,27 @@ def _pictures(layout: ImageLayout, request: ExportRequest) -> Arrays:
     return layout.pictures(request.sample)
 
 
-def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
+def tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
+    """Arrays as tensors."""
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _parity_vision(loaded: LoadedModel, request: ExportRequest, parity: dict[str, np.ndarray]) -> torch.Tensor:
+def parity_vision(loaded: LoadedModel, request: ExportRequest, parity: dict[str, np.ndarray]) -> torch.Tensor:
+    """Image features of the sample, stored as a parity sample."""
     layout = loaded.image_layout
-    inputs = _tensors(layout.graph_inputs(_pictures(layout, request)))
+    inputs = tensors(layout.graph_inputs(_pictures(layout, request)))
     features = vision_encoder(loaded)(**inputs)
-    _store(parity, "vision_encoder/image", inputs, {"image_features": features})
+    store_parity(parity, "vision_encoder/image", inputs, {"image_features": features})
     return features.clone()
 
 
-def _parity_embed(
+def parity_embed(
     loaded: LoadedModel, request: ExportRequest, features: torch.Tensor, parity: dict[str, np.ndarray]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embedded prompt [1, sequence, hidden] and its modality; stored as a parity sample."""
     input_ids = request.sample["input_ids"]
     embeds, modality = EmbedTokens(loaded.model.get_input_embeddings(), check_exportable(loaded))(input_ids, features)
-    _store(
+    store_parity(
         parity,
         "embed_tokens/prompt",
         {"input_ids": input_ids, "image_features": features},
@@ -287,7 +293,7 @@ def _parity_decoder(
         if with_modality:
             feeds["modality"] = mask
         kept = logits[:, -PARITY_POSITIONS:]
-        _store(parity, f"decoder/{case}", feeds, {"logits": kept})
+        store_parity(parity, f"decoder/{case}", feeds, {"logits": kept})
         if case == "prefill":
             whole = [tuple(present[start : start + kinds]) for start in range(0, len(present), kinds)]
         if quantized is not None:
@@ -314,18 +320,19 @@ def _middle(modality: torch.Tensor) -> tuple[int, int]:
     return begin, min(begin + MIDDLE_TOKENS, last)
 
 
-def _store(
+def store_parity(
     parity: dict[str, np.ndarray],
     case: str,
     inputs: dict[str, torch.Tensor],
     outputs: dict[str, torch.Tensor],
 ) -> None:
+    """Add the inputs and outputs of `part/case` to the parity samples."""
     for kind, tensors in (("in", inputs), ("out", outputs)):
         for name, tensor in tensors.items():
             parity[f"{case}/{kind}/{name}"] = np.ascontiguousarray(tensor.detach().cpu().numpy())
 
 
-def _write_companions(loaded: LoadedModel, quantized: QuantizedModel | None, folder: Path) -> None:
+def write_companions(loaded: LoadedModel, quantized: QuantizedModel | None, folder: Path) -> None:
     """Tokenizer, image processor, chat template, model and generation configuration."""
     loaded.processor.save_pretrained(folder)
     loaded.model.config.save_pretrained(folder)
@@ -337,7 +344,7 @@ def _write_companions(loaded: LoadedModel, quantized: QuantizedModel | None, fol
         loaded.model.generation_config.save_pretrained(folder)
 
 
-def _manifest(
+def manifest_of(
     loaded: LoadedModel,
     quantized: QuantizedModel | None,
     request: ExportRequest,

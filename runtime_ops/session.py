@@ -51,6 +51,11 @@ class ExportedModel:
             require_native()
         return native is not False and runtime_ops.library_path() is not None
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the graphs."""
+        return tuple(self.manifest["parts"])
+
     def session(self, part: str) -> ort.InferenceSession:
         """The session of a part, opened when it is first needed: a text-only prompt never loads the vision encoder."""
         if part not in self._sessions:
@@ -67,15 +72,8 @@ class ExportedModel:
         options.intra_op_num_threads = self.threads
         if self.native:
             runtime_ops.register(options)
-        path = self.folder / self.manifest["parts"][part]["file"]
-        try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            reason = " ".join(str(error).split())[:400]
-            raise ArtifactError(
-                f"{path}: ONNX Runtime cannot load it ({ort.__version__}: {reason}); "
-                f"{'update onnxruntime to 1.32' if self._too_old(part) else 'export the model again'}"
-            ) from error
+        remedy = "update onnxruntime to 1.32" if self._too_old(part) else "export the model again"
+        return open_session(self.folder / self.manifest["parts"][part]["file"], options, remedy)
 
     def _too_old(self, part: str) -> bool:
         """Whether the runtime lacks an input of the fused attention."""
@@ -269,6 +267,19 @@ def _failures(part: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise SplitQError(f"{part}: ONNX Runtime failed ({reason})") from error
+
+
+def open_session(path: Path, options: ort.SessionOptions, remedy: str) -> ort.InferenceSession:
+    """A session on the CPU.
+
+    Raises:
+        ArtifactError: ONNX Runtime refuses the file; the message ends with the remedy.
+    """
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ArtifactError(f"{path}: ONNX Runtime cannot load it ({ort.__version__}: {reason}); {remedy}") from error
 
 
 def require_native() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from splitq_edge.artifacts import sha256_of
 from splitq_edge.errors import ArtifactError
-from splitq_edge.runtime_ops.session import PARTS, ExportedModel
+from splitq_edge.runtime_ops.session import ExportedModel
 
 PARITY_FILE = "parity.npz"
+TARGET_LIMIT_DB = 20.0  # an NPU multiplies two activations with one of them at about 8 bits
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,49 @@ def verify_parity(model: ExportedModel) -> list[ParityRow]:
     Raises:
         ArtifactError: the parity file is missing or damaged.
     """
+    rows = []
+    for part, case, feeds, expected in _samples(model):
+        outputs = model.run(part, feeds)
+        limit = _limit_db(model.manifest["parts"][part], case)
+        rows += [_compare(f"{part} {case}", name, outputs[name], value, limit) for name, value in expected.items()]
+    return rows
+
+
+def verify_target(model: ExportedModel, compiled: ExportedModel) -> list[ParityRow]:
+    """Run every static part on the stored inputs, on an NPU and on the CPU, and compare the two.
+
+    Args:
+        model: a static export on the CPU.
+        compiled: the same on the NPU.
+
+    Raises:
+        ArtifactError: the parity file is missing or damaged.
+    """
+    rows = []
+    for part, case, feeds, expected in _samples(model):
+        if part == "embed_tokens":  # a look-up that stays on the CPU
+            continue
+        cpu, npu = model.run(part, feeds), compiled.run(part, feeds)
+        rows += [_compare(f"{part} {case}", name, npu[name], cpu[name], TARGET_LIMIT_DB) for name in expected]
+    return rows
+
+
+def _samples(model: ExportedModel) -> Iterator[tuple[str, str, dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Part, case, inputs and torch's outputs of every stored sample.
+
+    Raises:
+        ArtifactError: the parity file is missing or damaged.
+    """
     path = model.folder / PARITY_FILE
     try:
         with np.load(path, allow_pickle=False) as stored:
             samples = {name: stored[name] for name in stored.files}
     except Exception as error:
         raise ArtifactError(f"{path}: expected the parity samples ({error}); export the model again") from error
-    rows = []
-    for part in PARTS:
+    for part in model.parts:
         for case in sorted({name.split("/")[1] for name in samples if name.startswith(f"{part}/")}):
             prefix = f"{part}/{case}"
-            feeds = _under(samples, f"{prefix}/in/")
-            outputs = model.run(part, feeds)
-            limit = _limit_db(model.manifest["parts"][part], case)
-            for name, expected in _under(samples, f"{prefix}/out/").items():
-                rows.append(_compare(f"{part} {case}", name, outputs[name], expected, limit))
-    return rows
+            yield part, case, _under(samples, f"{prefix}/in/"), _under(samples, f"{prefix}/out/")
 
 
 def verify_files(model: ExportedModel) -> None:

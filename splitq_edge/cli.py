@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from splitq_edge import __version__
-from splitq_edge.config import PRESETS, TRANSFORMS
+from splitq_edge.config import PRESETS, RANGE_METHODS, TRANSFORMS
 from splitq_edge.errors import SplitQError
+from splitq_edge.targets import ARCHITECTURES, QNN_HTP, TARGET_NAMES, Target
 
 ROWS_MISSING = 1
 USER_ERROR = 2
@@ -143,10 +144,30 @@ def _message(error: Exception) -> str:
 @click.option("--calib-samples", default=128, show_default=True, help="Samples to calibrate with.")
 @click.option(
     "--flavour",
-    type=click.Choice(["portable", "packed"]),
+    type=click.Choice(["portable", "packed", "qdq"]),
     default="portable",
     show_default=True,
-    help="portable: int4 tensors; packed: the kernels' own layout, smaller, used in place.",
+    help="portable: int4 tensors; packed: the kernels' own layout, smaller, used in place; qdq: static graphs with "
+    "static activation ranges, for NPUs.",
+)
+@click.option(
+    "--target", type=click.Choice(TARGET_NAMES), help="qdq: stop if this NPU would reject a node, and say which."
+)
+@click.option("--context", default=256, show_default=True, type=click.IntRange(min=2), help="qdq: tokens of the cache.")
+@click.option("--chunk", default=64, show_default=True, type=click.IntRange(min=2), help="qdq: tokens a prefill call.")
+@click.option(
+    "--ranges",
+    type=click.Choice(RANGE_METHODS),
+    default="minmax",
+    show_default=True,
+    help="qdq: how activation ranges are chosen from the calibration samples.",
+)
+@click.option(
+    "--static-bits",
+    type=click.Choice(["16", "8"]),
+    default="16",
+    show_default=True,
+    help="qdq: bits of the quantized layers' activations; at 16 MAC is left out, there is nothing to compensate.",
 )
 @click.option(
     "--attention",
@@ -188,7 +209,11 @@ def export(out: Path, **options: Any) -> None:
     from splitq_edge.commands.export import ExportOptions, run_export
 
     dry_run = options.pop("dry_run")
-    chosen = ExportOptions(out=out, **options)
+    static = {name: options.pop(name) for name in ("target", "context", "chunk", "ranges")}
+    static["activation_bits"] = int(options.pop("static_bits"))
+    if static["target"] is not None and options["flavour"] != "qdq":
+        raise SplitQError("export: --target checks static graphs; add --flavour qdq")
+    chosen = ExportOptions(out=out, static=static, **options)
     if dry_run:
         from splitq_edge.commands.dry_run import print_estimate
 
@@ -255,7 +280,13 @@ def bench(**options: Any) -> None:
 @main.command("eval")
 @click.argument("model")
 @click.option("--task", default="easyvqa", show_default=True, help="Built-in tasks, with commas between, or all.")
-@click.option("--backend", type=click.Choice(["torch", "ort", "ort-functions"]), default="ort", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["torch", "ort", "ort-functions", *TARGET_NAMES]),
+    default="ort",
+    show_default=True,
+    help="An NPU's name runs what `compile` made, on x86-64 in the emulator.",
+)
 @click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the draw.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(min=0), help="0: ONNX Runtime chooses.")
@@ -396,12 +427,50 @@ def outliers(**options: Any) -> None:
 @main.command()
 @click.argument("out", type=PATH)
 @click.option("--native/--functions", default=None, help="Native kernels or function bodies; default: native if there.")
+@click.option("--target", type=click.Choice(TARGET_NAMES), help="Also run what `compile` made for this NPU.")
 @_reports_errors
-def verify(out: Path, native: bool | None) -> None:
+def verify(out: Path, native: bool | None, target: str | None) -> None:
     """Check the hashes of the exported folder OUT and its answers against the stored ones of torch."""
     from splitq_edge.commands.verify import run_verify
 
-    for line in run_verify(out, native=native):
+    for line in run_verify(out, native=native, target=target):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("out", type=PATH)
+@click.option("--web", is_flag=True, required=True, help="Serve the page of docs/demo; the model runs in the browser.")
+@click.option(
+    "--modules",
+    type=PATH,
+    default=Path("node_modules"),
+    show_default=True,
+    help="node_modules with onnxruntime-web, @huggingface/tokenizers and @huggingface/jinja.",
+)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@_reports_errors
+def demo(out: Path, web: bool, modules: Path, port: int) -> None:
+    """Answer questions about pictures in a browser with the exported folder OUT, from local files alone."""
+    from splitq_edge.commands.demo import make_server
+
+    with make_server(out, modules, port) as server:
+        click.echo(f"http://{server.server_address[0]!s}:{server.server_address[1]}/")
+        server.serve_forever()
+
+
+@main.command("compile")
+@click.argument("out", type=PATH)
+@click.option("--target", type=click.Choice([QNN_HTP]), default=QNN_HTP, show_default=True)
+@click.option("--arch", type=click.Choice([str(arch) for arch in ARCHITECTURES]), default="73", show_default=True)
+@_reports_errors
+def compile_(out: Path, target: str, arch: str) -> None:
+    """Compile the static graphs of the folder OUT (--flavour qdq) for an NPU, every node on it.
+
+    Needs onnxruntime-qnn: pip install 'splitq-edge[qnn]'. The files go to OUT/compiled.
+    """
+    from splitq_edge.commands.compile import run_compile
+
+    for line in run_compile(out, Target(target, int(arch))):
         click.echo(line)
 
 

@@ -12,6 +12,7 @@ from splitq_edge.errors import SplitQError
 
 BIT_WIDTHS = (2, 3, 4, 8)
 BLOCK_SIZES = (0, 32, 64, 128)
+RANGE_METHODS = ("minmax", "percentile", "mse")  # of static activations, quant.static_ranges
 TRANSFORMS = ("hadamard", "identity")
 CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max", "modality-max")
 SCALES = ("none", "smoothquant", "awq", "mbq")

@@ -25,6 +25,7 @@ from splitq_edge.evaluate.backends import Backend, OrtBackend, TorchBackend, ans
 from splitq_edge.evaluate.likelihood import load_reference, save_reference
 from splitq_edge.evaluate.tasks import Question, load_task, score, task_names
 from splitq_edge.loading import LoadedModel, load_model
+from splitq_edge.targets import TARGET_NAMES, Target
 
 RESULT_SCHEMA = 1
 
@@ -136,7 +137,9 @@ def _open(options: EvalOptions) -> tuple[Backend, str, float]:
         return TorchBackend(loaded), quantized.config.scheme, effective_bits(quantized.sites)
     if options.state is not None:
         raise SplitQError(f"evaluation: --state: expected --backend torch, got {options.backend}; leave one out")
-    backend = OrtBackend(Path(options.model), native=options.backend == "ort", threads=options.threads)
+    target = Target.parse(options.backend) if options.backend in TARGET_NAMES else None
+    native = options.backend == "ort"
+    backend = OrtBackend(Path(options.model), native=native, threads=options.threads, target=target)
     manifest = backend.model.manifest
     return backend, manifest["scheme"], manifest["effective_bits"]
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.data import CalibrationSample, describe_source, encode_sample, load_samples
 from splitq_edge.calibration.runner import Calibration
 from splitq_edge.calibration.state import CalibrationState
+from splitq_edge.commands.export_static import StaticOptions, static_layout, write_static
 from splitq_edge.config import QuantConfig, load_recipe, preset
 from splitq_edge.convert import assemble, effective_bits
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.export_folder import ExportRequest, check_exportable, write_export
+from splitq_edge.exporters.layouts.layout import Layout
 from splitq_edge.exporters.layouts.registry import default_layout, layout_named
 from splitq_edge.loading import LoadedModel, load_model
 from splitq_edge.methods.registry import method_config
 from splitq_edge.parallel import Processes
 from splitq_edge.report.model_card import CARD_FILE, model_card
-from splitq_edge.runtime_ops.session import ExportedModel
+from splitq_edge.runtime_ops.open_model import open_model
 from splitq_edge.runtime_ops.verify import ParityRow, verify_parity
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class ExportOptions:
     memory_limit: int | None = None
     adapter: Path | None = None
     trust_remote_code: bool = False
+    static: dict[str, Any] = field(default_factory=dict)  # of `StaticOptions`, for the flavour qdq
 
     def load(self, *, lazy: bool | None, device: str = "cpu") -> LoadedModel:
         """The model that the options name, see `load_model`."""
@@ -107,7 +110,7 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     # None: from safetensors files weights are read block by block, a float model is written whole
     lazy = True if blockwise else (None if config is not None else False)
     loaded = options.load(lazy=lazy, device=device)
-    layout = layout_named(options.layout or default_layout(loaded.adapter, config))
+    layout = _layout(options, loaded, config)
     if options.stop_after is None:
         check_exportable(loaded)
         layout.check(loaded.adapter, config, flavour=options.flavour, attention=options.attention or layout.attention)
@@ -120,8 +123,7 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
         sample = next((inputs for inputs in encoded if "pixel_values" in inputs), None)
         if sample is None:
             raise SplitQError("calibration: expected at least one sample with an image, got none; add one")
-        state = None
-        seconds = 0.0
+        state, seconds = None, 0.0
         if config is not None:
             state = CalibrationState(options.state_folder, _header(options, config, samples, loaded))
             seconds = calibrate(loaded, config, state, encoded, options, processes, progress)
@@ -149,13 +151,27 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     )
     with staged_folder(options.out, force=options.force) as staging:
         console.print("writing graphs")
-        write_export(loaded, quantized, request, staging)
+        if options.flavour == "qdq":
+            write_static(loaded, quantized, request, encoded, StaticOptions(**options.static), staging)
+        else:
+            write_export(loaded, quantized, request, staging)
         del loaded, quantized  # ONNX Runtime needs their memory
         _verify(staging, console)
     if state is not None and not options.keep_state:
         state.remove()
     console.print(f"{options.out}: {label}")
     return {"calibration_s": seconds, "effective_bits": bits}
+
+
+def _layout(options: ExportOptions, loaded: LoadedModel, config: QuantConfig | None) -> Layout:
+    """Of the folder, as asked for or as suits the model.
+
+    Raises:
+        SplitQError: it does not fit the flavour qdq.
+    """
+    if options.flavour == "qdq":
+        return static_layout(loaded, config, options.layout)
+    return layout_named(options.layout or default_layout(loaded.adapter, config))
 
 
 def calibrate(
@@ -250,7 +266,7 @@ def _samples_digest(samples: list[CalibrationSample]) -> str:
 
 def _verify(folder: Path, console: Console) -> None:
     """Check a written folder against torch and put what was found into its model card."""
-    exported = ExportedModel(folder)
+    exported = open_model(folder)
     rows = verify_parity(exported)
     console.print(parity_table(rows, native=exported.native))
     if not all(row.ok for row in rows):

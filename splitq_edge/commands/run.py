@@ -11,6 +11,7 @@ from typing import Any
 from splitq_edge.errors import SplitQError
 from splitq_edge.runtime_ops.genai import GenaiGenerator, Sampling, why_not
 from splitq_edge.runtime_ops.generate import Generator, open_image
+from splitq_edge.runtime_ops.open_model import open_model
 from splitq_edge.runtime_ops.session import ExportedModel
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def stream_answer(out: Path, images: tuple[Path, ...], prompt: str, options: Run
         SplitQError: folder, image, prompt or options are not usable.
     """
     pictures = [open_image(path) for path in images]
-    model = ExportedModel(out, native=options.native, threads=options.threads)
+    model = open_model(out, native=options.native, threads=options.threads)
     ends: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "stop": options.stop}
     if _by_genai(model, options):
         sampling = Sampling(options.temperature, options.top_k or 0, options.top_p or 1.0, options.seed)

@@ -6,24 +6,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from splitq_edge.errors import SplitQError
-from splitq_edge.runtime_ops.session import ExportedModel
-from splitq_edge.runtime_ops.verify import verify_files, verify_parity
+from splitq_edge.runtime_ops.open_model import open_model
+from splitq_edge.runtime_ops.verify import ParityRow, verify_files, verify_parity, verify_target
+from splitq_edge.targets import Target
 
 
-def run_verify(out: Path, *, native: bool | None) -> Iterator[str]:
+def run_verify(out: Path, *, native: bool | None, target: str | None = None) -> Iterator[str]:
     """Lines of the report.
+
+    Args:
+        out: exported folder.
+        native: see `ExportedModel`.
+        target: an NPU that the folder was compiled for: its answers are compared with the CPU's too.
 
     Raises:
         SplitQError: a file changed or an output differs by more than its limit.
     """
-    model = ExportedModel(out, native=native)
+    model = open_model(out, native=native)
     verify_files(model)
     yield f"{out}: {len(model.manifest['files'])} files unchanged"
     rows = verify_parity(model)
-    for row in rows:
-        yield (
-            f"{row.part:<24} {row.output:<16} max error {row.max_error:.2e}  SQNR {row.sqnr_db:6.1f} dB "
-            f"({row.asked})  same top-1 {100 * row.same_top:5.1f} %  {'ok' if row.ok else 'DIFFERS'}"
-        )
+    yield from map(_line, rows)
     if not all(row.ok for row in rows):
         raise SplitQError(f"{out}: an output differs from torch by more than its limit; export the model again")
+    if target is None:
+        return
+    yield f"{target} against the CPU"
+    rows = verify_target(model, open_model(out, target=Target.parse(target)))
+    yield from map(_line, rows)
+    if not all(row.ok for row in rows):
+        raise SplitQError(f"{out}: {target} differs from the CPU by more than the limit; please report it")
+
+
+def _line(row: ParityRow) -> str:
+    return (
+        f"{row.part:<24} {row.output:<16} max error {row.max_error:.2e}  SQNR {row.sqnr_db:6.1f} dB "
+        f"({row.asked})  same top-1 {100 * row.same_top:5.1f} %  {'ok' if row.ok else 'DIFFERS'}"
+    )

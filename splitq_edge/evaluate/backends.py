@@ -22,6 +22,7 @@ from splitq_edge.image_layout import Arrays, ImageLayout, join
 if TYPE_CHECKING:
     from splitq_edge.loading import LoadedModel
     from splitq_edge.runtime_ops.cache import Cache
+    from splitq_edge.targets import Target
 
 MAX_NEW_TOKENS = 8
 BATCH = 32  # rows of one run of the language model
@@ -177,19 +178,21 @@ class OrtBackend:
 
     Args:
         folder: the export.
-        native: True for the native kernels, False for the function bodies.
+        native: True for the native kernels, False for the function bodies; of no matter for static graphs.
         threads: intra-op threads, 0 for ONNX Runtime's choice.
+        target: the NPU that the folder was compiled for, None for the CPU.
     """
 
-    def __init__(self, folder: Path, *, native: bool, threads: int = 0) -> None:
+    def __init__(self, folder: Path, *, native: bool, threads: int = 0, target: Target | None = None) -> None:
         from splitq_edge.runtime_ops.generate import load_processor
-        from splitq_edge.runtime_ops.session import ExportedModel
+        from splitq_edge.runtime_ops.open_model import open_model
 
-        self.model = ExportedModel(folder, native=native, threads=threads)
+        self.model = open_model(folder, native=native, threads=threads, target=target)
         self.processor = load_processor(folder)
         self._ends: list[int] = self.model.manifest["eos_token_ids"]
         self._image_token: int = self.model.manifest["image_token_id"]
-        self._exact_cache = self.model.manifest["cache"]["dtype"] == "float32"
+        # A static graph rounds keys and values inside a call just as between calls.
+        self._exact_cache = self.model.manifest["cache"]["dtype"] == "float32" or "static" in self.model.manifest
         self._shares = self._exact_cache and not self.model.manifest.get("prompt_input")
         self._prompts = Prompts(self.processor, self._ends)
 

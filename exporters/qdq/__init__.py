@@ -1,0 +1,1 @@
+"""The flavour `qdq`: static graphs of plain QuantizeLinear and DequantizeLinear, for NPUs (docs/targets.md)."""
