@@ -30,6 +30,7 @@ from splitq_edge.exporters.layouts.modality_channel import (
 from splitq_edge.exporters.passes.walk import initializer
 
 CONFIG_FILE = "genai_config.json"
+MARKS = ("vision_start_token_id", "video_token_id")  # tokens by which genai counts mRoPE positions
 
 
 class Genai:
@@ -82,7 +83,7 @@ class Genai:
 
 def genai_config(parts: ExportParts) -> dict[str, Any]:
     """What genai must know of the graphs; keys are those of its configuration reference."""
-    manifest, text = parts.manifest, parts.loaded.text_config
+    manifest, text, whole = parts.manifest, parts.loaded.text_config, parts.loaded.model.config
     session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if "native_library" in manifest:
         session["custom_ops_library"] = manifest["native_library"]["file"]
@@ -99,9 +100,11 @@ def genai_config(parts: ExportParts) -> dict[str, Any]:
             "eos_token_id": eos,
             "pad_token_id": pad,
             "image_token_id": manifest["image_token_id"],
+            **{name: int(getattr(whole, name)) for name in MARKS if hasattr(whole, name)},
             "vocab_size": int(text.vocab_size),
             "context_length": length,
             "vision": {
+                "spatial_merge_size": parts.loaded.image_layout.merge_size,
                 "filename": manifest["parts"]["vision_encoder"]["file"],
                 "inputs": {"pixel_values": "pixel_values"},
                 "outputs": {"image_features": "image_features"},

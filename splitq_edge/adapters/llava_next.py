@@ -5,5 +5,9 @@ from dataclasses import replace
 from splitq_edge.adapters import llava
 
 ADAPTER = replace(
-    llava.ADAPTER, model_type="llava_next", pixel_layout="anyres", line_end="model.image_newline", genai_type=""
+    llava.ADAPTER,
+    model_type="llava_next",
+    pixel_layout="anyres",
+    line_end="model.image_newline",
+    transformers_js=False,
 )

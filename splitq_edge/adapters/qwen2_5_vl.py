@@ -17,6 +17,7 @@ ADAPTER = ModelAdapter(
     image_token_field="image_token_id",
     pixel_layout="patches",
     mrope=True,
+    genai_type="qwen2_5_vl",
     token_types="mm_token_type_ids",
     image_only_processor="PaddleOCRVLProcessor",
 )
