@@ -17,4 +17,5 @@ ADAPTER = ModelAdapter(
     pixel_layout="images",
     bidirectional="image",
     token_types="token_type_ids",
+    genai_type="gemma3",
 )

@@ -22,5 +22,6 @@ ADAPTER = ModelAdapter(
     final_norm="model.language_model.norm",
     image_token_field="image_token_id",
     pixel_layout="images",
+    genai_type="gemma3",
     image_only_processor="InternVLProcessor",
 )

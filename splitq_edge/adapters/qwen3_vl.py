@@ -17,4 +17,5 @@ ADAPTER = replace(
     projector=("model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"),
     deepstack="model.visual.deepstack_merger_list",
     image_only_processor="Qwen3VLProcessor",
+    genai_type="qwen3_vl",
 )
