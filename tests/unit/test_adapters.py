@@ -127,6 +127,9 @@ def test_registry_keys_are_the_adapters_own_model_types() -> None:
     assert {name: adapter.model_type for name, adapter in ADAPTERS.items()} == {name: name for name in ADAPTERS}
 
 
-def test_genai_runs_no_family_whose_vision_graph_takes_more_than_pixels(adapter: ModelAdapter) -> None:
-    if adapter.pixel_layout not in ("images", "tiles") or adapter.bidirectional or adapter.deepstack:
-        assert not adapter.genai_type
+def test_a_prompt_read_in_both_directions_is_more_than_genai_tells_a_decoder(adapter: ModelAdapter) -> None:
+    assert not (adapter.bidirectional == "prompt" and adapter.genai_type)
+
+
+def test_transformers_js_gets_no_family_whose_vision_graph_takes_more_than_pixels(adapter: ModelAdapter) -> None:
+    assert adapter.pixel_layout in ("images", "tiles") or not adapter.transformers_js
