@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from splitq_edge import __version__
-from splitq_edge.config import PRESETS, RANGE_METHODS, TRANSFORMS
+from splitq_edge.config import LM_HEAD_SCHEMES, PRESETS, RANGE_METHODS, TRANSFORMS
 from splitq_edge.errors import SplitQError
 from splitq_edge.targets import ARCHITECTURES, QNN_HTP, TARGET_NAMES, Target
 
@@ -168,6 +168,12 @@ def _message(error: Exception) -> str:
     default="16",
     show_default=True,
     help="qdq: bits of the quantized layers' activations; at 16 MAC is left out, there is nothing to compensate.",
+)
+@click.option(
+    "--lm-head",
+    type=click.Choice(LM_HEAD_SCHEMES),
+    help="Quantize the output projection too: in a small model it is what a token waits longest for; default: as the "
+    "recipe says, in the presets none.",
 )
 @click.option(
     "--attention",

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class ExportOptions:
     flavour: str = "portable"
     attention: str | None = None
     layout: str | None = None
+    lm_head: str | None = None
     seed: int = 0
     force: bool = False
     revision: str | None = None
@@ -275,10 +276,20 @@ def _verify(folder: Path, console: Console) -> None:
 
 
 def chosen_config(options: ExportOptions) -> QuantConfig | None:
-    """The recipe that the options name, None for float."""
+    """The recipe that the options name, None for float.
+
+    Raises:
+        SplitQError: the recipe is no recipe, or an output projection is to be quantized in a float export.
+    """
     if options.recipe is not None:
-        return load_recipe(options.recipe)
-    return None if options.scheme == "none" else method_config(options.method, preset(options.scheme))
+        config = load_recipe(options.recipe)
+    elif options.scheme == "none":
+        if options.lm_head not in (None, "none"):
+            raise SplitQError("export: expected --lm-head none with --scheme none, got both; leave one out")
+        return None
+    else:
+        config = method_config(options.method, preset(options.scheme))
+    return config if options.lm_head is None else replace(config, lm_head=options.lm_head)
 
 
 def _check_not_inside(out: Path, model: str) -> None:

@@ -100,3 +100,26 @@ def test_longer_learning_and_more_tokens_take_longer() -> None:
 
     assert seconds(100, 1000) > seconds(0, 1000)
     assert seconds(0, 1_000_000) > seconds(0, 1000)
+
+
+def test_output_projection_is_quantized_on_request(checkpoint: Path, chats: Path, tmp_path: Path) -> None:
+    output = dry_run(checkpoint, tmp_path / "out", "--calib", chats, "--scheme", "W4A8", "--lm-head", "W8A8")
+    assert "lm_head, W8A8" in output
+
+
+def test_a_float_export_has_no_quantized_output_projection(checkpoint: Path, chats: Path, tmp_path: Path) -> None:
+    words = [
+        "export",
+        checkpoint,
+        tmp_path / "out",
+        "--calib",
+        chats,
+        "--scheme",
+        "none",
+        "--lm-head",
+        "W8A8",
+        "--dry-run",
+    ]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 2
+    assert "expected --lm-head none with --scheme none" in result.stderr
