@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from builders import CLOSED_FORM, calibrated, chat_batches, tiny_loaded
@@ -12,10 +16,12 @@ from torch import nn
 
 from splitq_edge.adapters.registry import ADAPTERS, adapter_for
 from splitq_edge.cli import LAYOUT_NAMES
+from splitq_edge.commands.run import RunOptions, _by_genai
 from splitq_edge.config import preset
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.layouts.registry import LAYOUTS, default_layout, layout_named
 from splitq_edge.exporters.quantization_config import quantization_config
+from splitq_edge.runtime_ops import genai
 from splitq_edge.runtime_ops.generate import answer_pieces
 
 
@@ -114,3 +120,57 @@ class Letters:
 )
 def test_an_answer_ends_before_a_stop_text(tokens: list[int], stop: list[str], pieces: list[str]) -> None:
     assert list(answer_pieces(Letters(), tokens, stop)) == pieces
+
+
+HERE = f"{sys.platform}-{platform.machine()}"
+
+
+def exported(**manifest: Any) -> Any:
+    """As much of an exported model as the choice of an engine looks at."""
+    return SimpleNamespace(folder=Path("OUT"), manifest=manifest)
+
+
+GENAI = {"layout": "genai", "native_library": {"file": "libsplitq_ops.so", "platform": HERE}}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "native", "reason"),
+    [
+        (GENAI, None, None),
+        (GENAI, True, None),
+        ({"layout": "genai"}, None, None),
+        ({"layout": "genai"}, False, None),
+        ({"layout": "flat"}, None, "has the layout flat; export with --layout genai"),
+        ({}, None, "has the layout flat"),  # of an older version
+        ({"layout": "genai"}, True, "exported without the native library"),
+        (GENAI, False, "names the native library, which --functions leaves out"),
+        (GENAI | {"native_library": {"file": "x", "platform": "win32-AMD64"}}, None, "one of win32-AMD64, this is"),
+    ],
+)
+def test_genai_runs_what_it_can_and_says_why_not(
+    manifest: dict[str, Any], native: bool | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(genai, "PACKAGE", "numpy")  # stands for an installed onnxruntime-genai
+    found = genai.why_not(exported(**manifest), native=native)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)
+    assert _by_genai(exported(**manifest), RunOptions(native=native)) == (reason is None)
+    if reason is not None:
+        for wanted in (RunOptions(native=native, engine="genai"), RunOptions(native=native, temperature=1.0)):
+            with pytest.raises(SplitQError, match="expected onnxruntime-genai to run OUT, but"):
+                _by_genai(exported(**manifest), wanted)
+
+
+def test_without_genai_the_loop_answers_greedily(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(genai, "PACKAGE", "no_such_package")
+    assert not _by_genai(exported(**GENAI), RunOptions())
+    with pytest.raises(SplitQError, match=r"--temperature: .* not installed; run: pip install 'splitq-edge\[genai\]'"):
+        _by_genai(exported(**GENAI), RunOptions(temperature=0.7))
+
+
+def test_sampling_options_need_a_temperature() -> None:
+    with pytest.raises(SplitQError, match="expected --temperature above 0 beside them, got 0"):
+        _by_genai(exported(**GENAI), RunOptions(top_k=3))
+    assert not _by_genai(exported(**GENAI), RunOptions(engine="loop"))
+    with pytest.raises(SplitQError, match="--engine loop leaves it out"):
+        _by_genai(exported(**GENAI), RunOptions(engine="loop", temperature=1.0))
