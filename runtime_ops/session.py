@@ -62,6 +62,10 @@ class ExportedModel:
             self._sessions[part] = self._open(part)
         return self._sessions[part]
 
+    def close(self, part: str) -> None:
+        """Give up the session of a part; the next call that needs it opens it again."""
+        self._sessions.pop(part, None)
+
     def use_session(self, part: str, session: ort.InferenceSession) -> None:
         """Run a part in a session made elsewhere, with options of its own."""
         self._sessions[part] = session

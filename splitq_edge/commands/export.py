@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import shutil
@@ -267,6 +268,7 @@ def _samples_digest(samples: list[CalibrationSample]) -> str:
 
 def _verify(folder: Path, console: Console) -> None:
     """Check a written folder against torch and put what was found into its model card."""
+    gc.collect()  # modules refer to each other: those of the model just given up are still there
     exported = open_model(folder)
     rows = verify_parity(exported)
     console.print(parity_table(rows, native=exported.native))
