@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.qdq.builder import Writer, constant_of, replace
@@ -94,6 +95,7 @@ class _Insertion:
             assert source is not None
             replace(node.outputs[0], source)
             self.model.graph.remove(node, safe=True)
+        RemoveUnusedNodesPass()(self.model)  # and the float constants that have been quantized
 
     def range_of(self, value: ir.Value) -> Range:
         """Range of the group of values that share a quantizer."""

@@ -144,6 +144,13 @@ def test_weights_of_the_main_group_stay_int4(static: Static) -> None:
     assert {kinds[name] for name in main} == {onnx.TensorProto.INT4}
 
 
+def test_no_float_weight_is_left(static: Static) -> None:
+    for part in STATIC_PARTS:
+        model = onnx.load(static.folder / f"{part}.onnx")
+        kept = [tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+        assert [name for name in kept if not name.endswith(".scale")] == []
+
+
 def test_mac_is_there_on_8_bits_only(static: Static) -> None:
     model = onnx.load(static.folder / "decoder_step.onnx", load_external_data=False)
     has = any(".mac." in node.name for node in model.graph.node)
