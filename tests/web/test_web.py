@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from builders import CLOSED_FORM
-from questions import QUESTIONS, write_questions
 from rich.console import Console
+from web_questions import QUESTIONS, write_questions
 
 from splitq_edge.commands.demo import make_server
 from splitq_edge.commands.export import ExportOptions, run_export
