@@ -254,16 +254,22 @@ def test_nll_is_that_of_a_prompt_in_one_call_and_an_answer_token_by_token(
 
 def test_an_image_is_prefilled_once(exports: dict[str, Path], questions: list[Question]) -> None:
     backend = OrtBackend(exports["none"], native=False, threads=1)
-    run, seen = backend.model.run, []
+    model, pictures, decoded = backend.model, [], []
+    encode, decode = model.encode_images, model.decode
 
-    def watched(part: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        seen.append((part, next(iter(feeds.values())).shape))
-        return run(part, feeds)
+    def watched_images(given: Any) -> np.ndarray:
+        features = encode(given)
+        pictures.append(len(features))
+        return features
 
-    backend.model.run = watched  # type: ignore[method-assign]
+    def watched_decoder(embeds: np.ndarray, *given: Any, **settings: Any) -> Any:
+        decoded.append(embeds.shape)
+        return decode(embeds, *given, **settings)
+
+    model.encode_images = watched_images  # type: ignore[method-assign]
+    model.decode = watched_decoder  # type: ignore[method-assign]
     answer_all(backend, questions)
-    assert [shape[0] for part, shape in seen if part == "vision_encoder"] == [IMAGES]
-    decoded = [shape for part, shape in seen if part == "decoder"]
+    assert [count for count in pictures if count] == [IMAGES]
     assert decoded[0][0] == IMAGES
     longest = max(len(text) for text in TEXTS) + len("assistant:") + len("abc")
     assert decoded[1][:2] == (len(questions), longest)

@@ -137,8 +137,8 @@ def test_a_component_that_is_one_thousandth_off_is_noticed(damage: str, monkeypa
         untransform = TrainableGroup.untransform
         monkeypatch.setattr(TrainableGroup, "untransform", lambda *given: untransform(*given) * 1.001)
     elif damage == "scale":
-        scaled = TrainableSite._scaled
-        monkeypatch.setattr(TrainableSite, "_scaled", lambda own, x: (scaled(own, x)[0], scaled(own, x)[1] * 1.001))
+        scaled = TrainableSite._scaled_weight
+        monkeypatch.setattr(TrainableSite, "_scaled_weight", lambda own: scaled(own) * 1.001)
     else:
         site._permuted = site._permuted.roll(1, 0)
     assert error(block) > 10 * TOLERANCE
