@@ -74,11 +74,16 @@ def _title(manifest: dict[str, Any]) -> str:
     if scheme == "none":
         return f"# {name}\n\n{base} as float32 ONNX graphs, written by splitq-edge {manifest['splitq_edge']}."
     calibration = manifest["calibration"]
+    rest = (
+        "the other linear layers in INT8"
+        if manifest["flavour"] == "qdq"
+        else f"vision encoder {manifest['vision']['scheme']}, output projection {manifest['lm_head']['scheme']} "
+        "(none: float32)"
+    )
     return (
         f"# {name}, {scheme}\n\n"
         f"{base} as ONNX graphs, quantized by splitq-edge {manifest['splitq_edge']}: method {manifest['method']}, "
-        f"{manifest['effective_bits']:.2f} stored bits a weight in the linear layers of the language model, vision "
-        f"encoder {manifest['vision']['scheme']}, output projection {manifest['lm_head']['scheme']} (none: float32). "
+        f"{manifest['effective_bits']:.2f} stored bits a weight in the linear layers of the language model, {rest}. "
         f"Calibrated on {calibration['samples']} samples of {calibration['source']}."
     )
 
