@@ -26,7 +26,9 @@ from splitq_edge.quant.kv_cache import cache_tensors
 logger = logging.getLogger(__name__)
 
 
-def trace_decoder(loaded: LoadedModel, cache: CacheShape, attention: str, *, with_modality: bool) -> ir.Model:
+def trace_decoder(
+    loaded: LoadedModel, cache: CacheShape, attention: str, *, width: int, with_modality: bool
+) -> ir.Model:
     """The decoder with dynamic batch, sequence and past.
 
     Args:
@@ -34,6 +36,7 @@ def trace_decoder(loaded: LoadedModel, cache: CacheShape, attention: str, *, wit
         cache: shape of the key-value cache.
         attention: "fused" or "standard", see `ExportRequest`; `splitq.attention` of the graph's metadata says "fused"
             if it is.
+        width: of inputs_embeds, more than the hidden size with deepstack (`parts.Decoder`).
         with_modality: whether a site reads the modality mask.
 
     Raises:
@@ -47,7 +50,7 @@ def trace_decoder(loaded: LoadedModel, cache: CacheShape, attention: str, *, wit
     if loaded.adapter.mrope:
         positions, counted = positions.repeat(3, 1, 1), {1: "batch", 2: "sequence"}
     inputs: dict[str, Any] = {
-        "inputs_embeds": torch.randn(batch, sequence, loaded.text_config.hidden_size, generator=generator),
+        "inputs_embeds": torch.randn(batch, sequence, width, generator=generator),
         "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
         "position_ids": positions,
         "past": cache.random(batch, past, generator),

@@ -92,7 +92,7 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
     graphs = {
         "vision_encoder": _vision_graph(loaded, quantized, request),
         "embed_tokens": embed_graph(loaded, features),
-        "decoder": _decoder_graph(loaded, quantized, request),
+        "decoder": _decoder_graph(loaded, quantized, request, features.shape[-1]),
     }
     attention = graphs["decoder"].metadata_props.get("splitq.attention", "standard")
     parts = ExportParts(
@@ -185,13 +185,16 @@ def embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
     return model
 
 
-def _decoder_graph(loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest) -> ir.Model:
+def _decoder_graph(
+    loaded: LoadedModel, quantized: QuantizedModel | None, request: ExportRequest, width: int
+) -> ir.Model:
     sites = {} if quantized is None else quantized.sites | quantized.extras.get("lm_head", {})
     with nullcontext() if quantized is None else placeholders(quantized):
         model = trace_decoder(
             loaded,
             cache_shape(loaded, quantized),
             request.attention,
+            width=width,
             with_modality=takes_modality(loaded, quantized),
         )
     finish_decoder(model, sites, packed=request.flavour == "packed")

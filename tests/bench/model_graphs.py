@@ -110,7 +110,13 @@ def _traced(shape: str) -> ir.Model:
     quantized = QuantizedModel(loaded, preset("W4A8"), {}, [])
     fill(loaded, quantized)
     with placeholders(quantized):
-        model = trace_decoder(loaded, cache_shape(loaded, quantized), ATTENTION, with_modality=True)
+        model = trace_decoder(
+            loaded,
+            cache_shape(loaded, quantized),
+            ATTENTION,
+            width=loaded.text_config.hidden_size,
+            with_modality=True,
+        )
     return model
 
 

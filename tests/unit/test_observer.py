@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import CLOSED_FORM, chat_batches, rng, tiny_loaded
 
+from splitq_edge.calibration import runner
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.observer import Observer, SiteStats
 from splitq_edge.calibration.runner import Calibration
@@ -128,14 +129,14 @@ def test_every_language_site_is_observed_without_padding(tmp_path: Path, monkeyp
     vision = sum(int((batch["input_ids"] == 3).sum()) for batch in batches)
     run = calibration(tmp_path)
     seen: dict[str, SiteStats] = {}
-    observe_block = run._observe
+    observe_block = runner.observe_block
 
     def keep(*arguments: Any) -> dict[str, SiteStats]:
         stats = observe_block(*arguments)
         seen.update(stats)
         return stats
 
-    monkeypatch.setattr(run, "_observe", keep)
+    monkeypatch.setattr(runner, "observe_block", keep)
     run.run(batches, finished=run.state.start(resume=False))
     sites = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
     assert list(seen) == [f"layers.{block}.{site}" for block in range(2) for site in sites]

@@ -72,7 +72,7 @@ def test_its_processor_places_images_and_knows_the_real_ids(make: Any, tmp_path:
     if loader == "transformers":
         processor = AutoProcessor.from_pretrained(tmp_path)
     else:
-        processor = _load_processor(str(tmp_path), None, adapter_for("qwen2_5_vl"), make.shaped_config(1, 1))
+        processor = _load_processor(str(tmp_path), None, adapter_for("qwen2_5_vl"), make.shaped_config(1, 1), {})
     image = write_image(tmp_path / "image.png")
     chat = [{"role": "user", "content": [{"type": "image", "path": str(image)}, {"type": "text", "text": "what?"}]}]
     inputs = processor.apply_chat_template(
