@@ -32,7 +32,7 @@ $(SMOLVQA)/config.json: $(STAMP) models/smolvqa-135m/delta.safetensors
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python models/smolvqa-135m/build.py $(SMOLVQA)
 
-# Every method and scheme on its six tasks, then the ablations; a day on two cores, resumable row by row.
+# Every method and scheme on its six tasks, then the ablations; many hours, resumable row by row.
 table-smolvqa: $(SMOLVQA)/config.json
 	$(BIN)/python models/smolvqa-135m/fetch_data.py
 	$(BIN)/splitq-edge table $(SMOLVQA) $(SMOLVQA_TABLE)
