@@ -11,7 +11,7 @@ TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 SMOLVQA := build/models/smolvqa-135m
 SMOLVQA_TABLE := --task all --limit 500 --epochs 4 --results models/smolvqa-135m/results.json --work build/table-smolvqa
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-transformers test-wheel test-qnn test-web test-arm64 test-arm64-model test-js test-asan bench-kernels bench-model lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-transformers test-wheel test-qnn test-qnn-accuracy test-web test-arm64 test-arm64-model test-js test-asan bench-kernels bench-model lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -82,6 +82,12 @@ test-web: $(DEV_STAMP)
 test-qnn: $(DEV_STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt onnxruntime-qnn
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit/test_target_check.py tests/parity/test_static_export.py tests/parity/test_static_block.py
+
+# 200 questions through compiled files on every target, beside the native kernels; about 15 minutes on an idle core.
+# QNN=--resume goes on where a run was stopped, QNN="--targets qnn-htp:v73 --limit 20" and the like make it shorter.
+test-qnn-accuracy: $(DEV_STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt onnxruntime-qnn
+	OMP_NUM_THREADS=1 $(BIN)/python tests/qnn_accuracy.py $(QNN)
 
 # The ARM64 kernels under qemu: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm64:

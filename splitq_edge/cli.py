@@ -240,8 +240,9 @@ def export(out: Path, **options: Any) -> None:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeat for several.")
 @click.option(
     "--engine",
-    type=click.Choice(["genai", "loop"]),
-    help="onnxruntime-genai or the loop that comes with splitq-edge; default: genai where it can run OUT.",
+    type=click.Choice(["genai", "loop", "pyops"]),
+    help="onnxruntime-genai or the loop that comes with splitq-edge; pyops: the loop with our ops in Python; "
+    "default: genai where it can run OUT.",
 )
 @click.option(
     "--temperature",
@@ -288,10 +289,10 @@ def bench(**options: Any) -> None:
 @click.option("--task", default="easyvqa", show_default=True, help="Built-in tasks, with commas between, or all.")
 @click.option(
     "--backend",
-    type=click.Choice(["torch", "ort", "ort-functions", *TARGET_NAMES]),
+    type=click.Choice(["torch", "ort", "ort-functions", "pyops", *TARGET_NAMES]),
     default="ort",
     show_default=True,
-    help="An NPU's name runs what `compile` made, on x86-64 in the emulator.",
+    help="pyops: the ops in Python; an NPU's name runs what `compile` made, on x86-64 in the emulator.",
 )
 @click.option("--limit", type=int, help="Questions to ask, drawn at random; default: all.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the draw.")

@@ -13,6 +13,8 @@ from splitq_edge import __version__, runtime_ops
 PACKAGES = (
     "onnxruntime",
     "onnxruntime-genai",
+    "onnxruntime-extensions",
+    "onnxruntime-qnn",
     "numpy",
     "transformers",
     "torch",

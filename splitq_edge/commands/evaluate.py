@@ -17,6 +17,7 @@ from rich.table import Table
 from splitq_edge.artifacts import EXPORT_FILE, check_writable, write_json
 from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.commands.export import weights_digest
+from splitq_edge.commands.python_ops import use_python_ops
 from splitq_edge.config import QuantConfig
 from splitq_edge.convert import QuantizedModel, assemble, effective_bits
 from splitq_edge.errors import SplitQError
@@ -140,6 +141,8 @@ def _open(options: EvalOptions) -> tuple[Backend, str, float]:
     target = Target.parse(options.backend) if options.backend in TARGET_NAMES else None
     native = options.backend == "ort"
     backend = OrtBackend(Path(options.model), native=native, threads=options.threads, target=target)
+    if options.backend == "pyops":
+        use_python_ops(backend.model)
     manifest = backend.model.manifest
     return backend, manifest["scheme"], manifest["effective_bits"]
 

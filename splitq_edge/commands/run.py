@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitq_edge.commands.python_ops import use_python_ops
 from splitq_edge.errors import SplitQError
 from splitq_edge.runtime_ops.genai import GenaiGenerator, Sampling, why_not
 from splitq_edge.runtime_ops.generate import Generator, open_image
@@ -15,6 +16,8 @@ from splitq_edge.runtime_ops.open_model import open_model
 from splitq_edge.runtime_ops.session import ExportedModel
 
 logger = logging.getLogger(__name__)
+
+PYOPS = "pyops"  # the engine whose ops run in Python
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ def stream_answer(out: Path, images: tuple[Path, ...], prompt: str, options: Run
     Raises:
         SplitQError: folder, image, prompt or options are not usable.
     """
+    if options.engine == PYOPS and options.native:
+        raise SplitQError("--engine pyops: expected no --native beside it, its ops run in Python; leave one out")
     pictures = [open_image(path) for path in images]
     model = open_model(out, native=options.native, threads=options.threads)
     ends: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "stop": options.stop}
@@ -45,6 +50,8 @@ def stream_answer(out: Path, images: tuple[Path, ...], prompt: str, options: Run
         sampling = Sampling(options.temperature, options.top_k or 0, options.top_p or 1.0, options.seed)
         yield from GenaiGenerator(model).stream(prompt, pictures, sampling=sampling, **ends)
     else:
+        if options.engine == PYOPS:
+            use_python_ops(model)
         yield from Generator(model).stream(prompt, pictures, **ends)
 
 
@@ -56,7 +63,8 @@ def _by_genai(model: ExportedModel, options: RunOptions) -> bool:
     """
     if options.temperature == 0 and (options.top_k or options.top_p):
         raise SplitQError("--top-k, --top-p: expected --temperature above 0 beside them, got 0; give a temperature")
-    reason = "--engine loop leaves it out" if options.engine == "loop" else why_not(model, native=options.native)
+    named = options.engine in ("loop", PYOPS)
+    reason = f"--engine {options.engine} leaves it out" if named else why_not(model, native=options.native)
     wanted = "--temperature" if options.temperature else "--engine genai" if options.engine == "genai" else None
     if reason and wanted:
         raise SplitQError(f"{wanted}: expected onnxruntime-genai to run {model.folder}, but {reason}")

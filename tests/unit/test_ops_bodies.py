@@ -1,10 +1,12 @@
-"""Function bodies, in onnx.reference and in ONNX Runtime, and native kernels give what the oracle gives."""
+"""Function bodies, in onnx.reference and in ONNX Runtime, native kernels and Python ops give what the oracle gives."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -61,13 +63,22 @@ def run_native(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.
     return run_session(model, feeds, options)
 
 
+def run_python(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    from splitq_edge.exporters.python_nodes import rewrite
+    from splitq_edge.runtime_ops.python_session import PythonSession
+
+    graph, nodes = rewrite(onnx.ModelProto.FromString(model.SerializeToString()), Path())
+    return PythonSession(graph, nodes, Path(), threads=1).run(None, feeds)
+
+
 BODIES: dict[str, Engine] = {
     "reference": run_reference,
     "ort": lambda model, feeds: run_session(model, feeds, session_options()),
     "ort_unoptimized": lambda model, feeds: run_session(model, feeds, session_options(NONE)),
 }
+WITH_PYTHON = importlib.util.find_spec("onnxruntime_extensions") is not None
 WITH_NATIVE = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1" or library_path() is not None
-ENGINES = {**BODIES, "native": run_native} if WITH_NATIVE else BODIES
+ENGINES = BODIES | ({"native": run_native} if WITH_NATIVE else {}) | ({"python": run_python} if WITH_PYTHON else {})
 
 COMMON_AXES = {
     "activation_bits": [2, 3, 4, 8],
