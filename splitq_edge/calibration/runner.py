@@ -263,7 +263,7 @@ class Calibration:
 
     def _modality_weights(self, index: int, sensitivity: Sensitivity) -> tuple[float, float]:
         """Loss weights of text and vision tokens, with mean 1: MBQ's ratio of mean absolute gradients."""
-        if self.config.learning.balance != "mbq":
+        if self.config.learning.balance != "mbq" or not self.config.learning.epochs:
             return 1.0, 1.0
         text, vision = sensitivity[f"block.{index}"]
         mean = max((text + vision) / 2, 1e-20)

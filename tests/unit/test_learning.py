@@ -191,6 +191,15 @@ def test_processes_share_the_same_batches_without_overlap() -> None:
     assert parts[1][1].inputs == {}
 
 
+@pytest.mark.parametrize("balance", ["none", "mbq", "answers"])
+def test_balance_is_of_no_matter_where_nothing_is_learned(balance: str, tmp_path: Path) -> None:
+    config = replace(preset("W3A3"), learning=LearningConfig(epochs=0, balance=balance))
+    quantized = calibrated(tiny_loaded(), config, chat_batches(2), tmp_path / balance)
+    plain = replace(config, learning=LearningConfig(epochs=0))
+    same = calibrated(tiny_loaded(), plain, chat_batches(2), tmp_path / "plain")
+    assert quantized.reports == same.reports
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("propagate", ["float", "quantized"])
 def test_learning_lowers_the_error_of_every_block_and_repeats(propagate: str, tmp_path: Path) -> None:
