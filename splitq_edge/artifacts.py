@@ -138,10 +138,16 @@ def check_target(out: Path, *, force: bool) -> None:
     """Check that an export may be written to `out`; called before any work is done.
 
     Raises:
-        SplitQError: `out` is a file, or a non-empty folder without `force`, or one that `force` may not replace.
+        SplitQError: `out` has no name of its own, lies where nothing can be written, is a file, or a non-empty folder
+            without `force`, or one that `force` may not replace.
     """
+    if out.name in ("", ".."):
+        raise SplitQError(f"output {out}: expected the name of a folder, got no name; write it out")
     if out.exists() and not out.is_dir():
         raise SplitQError(f"output {out}: expected a folder, got a file; choose another name")
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise SplitQError(f"output {out}: expected a writable place, {place} is none; choose another")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not force:

@@ -6,12 +6,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from splitq_edge.artifacts import check_target
 from splitq_edge.calibration.data import encode_sample, load_samples
-from splitq_edge.commands.export import ExportOptions, chosen_config
+from splitq_edge.commands.export import ExportOptions, check_places, chosen_config
 from splitq_edge.errors import SplitQError
 from splitq_edge.estimate import estimate
-from splitq_edge.loading import load_model
 
 TOKEN_SAMPLES = 8  # samples whose length is measured
 
@@ -22,12 +20,12 @@ def print_estimate(options: ExportOptions, console: Console) -> None:
     Raises:
         SplitQError: the options cannot be used, as in the export itself.
     """
-    check_target(options.out, force=options.force)
+    check_places(options)
     config = chosen_config(options)
     if config is None:
         raise SplitQError("--dry-run: expected a scheme to calibrate, got none; a float export has nothing to estimate")
     samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
-    loaded = load_model(options.model, revision=options.revision, lazy=True)
+    loaded = options.load(lazy=True)
     lengths = [
         encode_sample(loaded.processor, sample, loaded.image_layout)["input_ids"].shape[1]
         for sample in samples[:TOKEN_SAMPLES]

@@ -98,7 +98,7 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     Raises:
         SplitQError: anything the user can mend; the blocks finished so far stay in the state folder.
     """
-    check_target(options.out, force=options.force)
+    check_places(options)
     processes = Processes()
     if not processes.main:
         console = Console(quiet=True)
@@ -106,7 +106,6 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
     if config is not None and len(samples) < options.calib_samples:
         logger.warning("calibration uses the %d samples there are, not %d", len(samples), options.calib_samples)
-    _check_not_inside(options.out, options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     blockwise = options.memory_limit is not None or options.stop_after is not None
     # None: from safetensors files weights are read block by block, a float model is written whole
@@ -294,10 +293,23 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
     return config if options.lm_head is None else replace(config, lm_head=options.lm_head)
 
 
-def _check_not_inside(out: Path, model: str) -> None:
-    source = Path(model)
-    if source.is_dir() and (out.resolve() == source.resolve() or source.resolve() in out.resolve().parents):
-        raise SplitQError(f"output {out}: expected a folder outside the model's, it lies in {model}; choose another")
+def check_places(options: ExportOptions) -> None:
+    """Check where an export would write, before any work is done.
+
+    Raises:
+        SplitQError: see `check_target`; or OUT lies in the model's folder, or the calibration state in OUT.
+    """
+    check_target(options.out, force=options.force)
+    out, source, state = (path.resolve() for path in (options.out, Path(options.model), options.state_folder))
+    if source.is_dir() and out.is_relative_to(source):
+        raise SplitQError(
+            f"output {options.out}: expected a folder outside the model's, it lies in {options.model}; choose another"
+        )
+    if state.is_relative_to(out):
+        raise SplitQError(
+            f"calibration state {options.state_folder}: expected a folder outside {options.out}, which the export "
+            "makes or replaces as a whole; choose another with --state"
+        )
 
 
 def progress_bars(console: Console) -> Progress:

@@ -182,6 +182,29 @@ def test_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
         staged_folder(tmp_path / "file" / "out", force=False).__enter__()
 
 
+def test_place_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def access(path: Path, _mode: int) -> bool:
+        asked.append(path)
+        return False
+
+    monkeypatch.setattr("splitq_edge.artifacts.os.access", access)
+    with pytest.raises(SplitQError, match=r"out: expected a writable place, .* is none; choose another"):
+        check_target(tmp_path / "new" / "out", force=False)
+    assert asked == [tmp_path]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "/", "a/.."])
+def test_target_without_a_name_of_its_own_is_refused(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SplitQError, match="expected the name of a folder, got no name; write it out"):
+        check_target(Path(out), force=True)
+
+
 # write_json
 
 

@@ -380,6 +380,26 @@ def test_out_inside_the_model_folder(inside: str, checkpoint: Path, chats: Path,
     assert sorted(checkpoint.rglob("*")) == before
 
 
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("state", ["out", "out/state"])
+def test_calibration_state_in_the_folder_of_the_export(
+    state: str, dry: bool, model: Path, out: Path, tmp_path: Path, chats: Path, error_of: Check, nothing_written
+) -> None:
+    # The export takes OUT's name at the very end, and cannot while the state lies there.
+    options = ["--calib", chats, "--calib-samples", 2, "--state", out.parent / state, *(["--dry-run"] if dry else [])]
+    assert f"state {out.parent / state}: expected a folder outside {out}" in error_of("export", model, out, *options)
+    nothing_written()
+
+
+def test_current_folder_given_as_out(
+    model: Path, chats: Path, tmp_path: Path, error_of: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "output .: expected the name of a folder" in error_of("export", model, ".", "--calib", chats)
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SplitQError, 2)])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_stop_while_the_graphs_are_written_leaves_nothing_new(

@@ -123,3 +123,20 @@ def test_a_float_export_has_no_quantized_output_projection(checkpoint: Path, cha
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 2
     assert "expected --lm-head none with --scheme none" in result.stderr
+
+
+def test_model_is_loaded_as_the_export_would(
+    checkpoint: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from splitq_edge.commands import export
+
+    asked: list[dict[str, object]] = []
+
+    def load(source: str, **options: object) -> object:
+        asked.append(options)
+        return load_model(source, lazy=True)
+
+    monkeypatch.setattr(export, "load_model", load)
+    dry_run(checkpoint, tmp_path / "out", "--calib", chats, "--adapter", tmp_path, "--trust-remote-code")
+    assert asked[0]["adapter"] == str(tmp_path)
+    assert asked[0]["trust_remote_code"] is True
