@@ -228,6 +228,19 @@ def load_model(
     return LoadedModel(given, model.eval(), processor, family, ModalityContext(), weights, device, source)
 
 
+def check_model(source: str) -> None:
+    """Check what can be known of a checkpoint without its weights: that it is there and of a supported type.
+
+    Args:
+        source: as for `load_model`.
+
+    Raises:
+        SplitQError: it is not.
+    """
+    base = _base_of(Path(source)) if _is_adapter(Path(source)) else source
+    adapter_for(_model_type(base, None, {"trust_remote_code": False}))
+
+
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no weights of a model."""
     return (folder / CONFIG_FILE).is_file() and not any(

@@ -31,6 +31,16 @@ class CalibrationSample:
     origin: str
 
 
+def check_count(count: int) -> None:
+    """Check a number of samples.
+
+    Raises:
+        SplitQError: below 1.
+    """
+    if count < 1:
+        raise SplitQError(f"calibration: expected at least 1 sample, got --calib-samples {count}; raise it")
+
+
 def load_samples(source: str, count: int, *, seed: int) -> list[CalibrationSample]:
     """Calibration samples.
 
@@ -44,8 +54,7 @@ def load_samples(source: str, count: int, *, seed: int) -> list[CalibrationSampl
     Raises:
         SplitQError: unknown source, no samples, a line that is no chat, an image file that is missing.
     """
-    if count < 1:
-        raise SplitQError(f"calibration: expected at least 1 sample, got --calib-samples {count}; raise it")
+    check_count(count)
     generator = torch.Generator().manual_seed(seed)
     if _is_tasks(source):
         piles: list[list[CalibrationSample]] = []

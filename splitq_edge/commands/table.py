@@ -13,12 +13,14 @@ from typing import Any
 from rich.console import Console
 
 from splitq_edge.artifacts import check_target
+from splitq_edge.calibration.data import check_count
 from splitq_edge.commands.evaluate import EvalOptions, pick, run_eval
 from splitq_edge.commands.export import ExportOptions, run_export
 from splitq_edge.config import QuantConfig, preset
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.results import Key, Results, Row, render, render_markdown
 from splitq_edge.evaluate.tasks import load_task, task_names
+from splitq_edge.loading import check_model
 from splitq_edge.methods.ablation import ablation_recipes
 from splitq_edge.methods.registry import method_config
 from splitq_edge.runtime_ops.session import require_native
@@ -101,7 +103,7 @@ def ablation_rows(table: str, scheme: str, *, epochs: int | None, transform: str
     """The float model, then the rows of one of the paper's ablations, see `methods.ablation`.
 
     Args:
-        table: "components", "rules" or "mac".
+        table: "components", "rules", "mac" or "options".
         scheme: a preset.
         epochs: instead of the preset's; 0 learns nothing.
         transform: instead of the preset's.
@@ -126,15 +128,21 @@ def run_table(options: TableOptions, rows: list[Measurement], console: Console) 
     they are compared with, are not in the work folder.
 
     Raises:
-        SplitQError: nothing can be measured: no native library, an unusable results file, task, limit, or a row of the
-            file was measured with other questions, samples or another seed.
+        SplitQError: nothing can be measured: no native library, an unusable model, results file, task, limit, number of
+            samples, or a row of the file was measured with other questions, samples or another seed.
     """
     require_native()
+    check_count(options.calib_samples)
+    check_model(options.model)
     results = Results(options.results, Path(options.model).resolve().name)
     tasks = task_names(options.task)
     wanted = {task: len(pick(load_task(task, "test"), options.limit, options.seed)) for task in tasks}
     _make_folder(options.work)
-    references = {task: options.work / f"{results.model}-{task}.reference.npz" for task in tasks}
+    # By what is asked, too: tables of other questions share the folder.
+    references = {
+        task: options.work / f"{results.model}-{task}-{count}-seed{options.seed}.reference.npz"
+        for task, count in wanted.items()
+    }
     failed = 0
     if not options.redo:
         for task in tasks:

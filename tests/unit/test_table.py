@@ -52,10 +52,11 @@ class Fakes:
         assert (Path(options.model) / EXPORT_FILE).is_file()
         assert options.backend == "ort"
         values = {"n": options.limit or QUESTIONS, "accuracy": 0.75, "stderr": 0.01, "nll": 0.5, "nll_stderr": 0.1}
+        asked = f"{options.task} {options.limit} {options.seed}"
         if options.save_reference is not None:
-            options.save_reference.write_bytes(b"")
+            options.save_reference.write_text(asked)
         else:
-            assert options.reference.is_file()
+            assert options.reference.read_text() == asked
             values |= {"kl": 0.25, "kl_stderr": 0.01}
         return {"effective_bits": 4.1, "tasks": {options.task: values}}
 
@@ -66,6 +67,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     monkeypatch.setattr(table, "run_export", fakes.run_export)
     monkeypatch.setattr(table, "run_eval", fakes.run_eval)
     monkeypatch.setattr(table, "require_native", lambda: None)
+    monkeypatch.setattr(table, "check_model", lambda _source: None)
     questions = [Question(Path("0.png"), "what?", "red", "color")] * QUESTIONS
     monkeypatch.setattr(table, "load_task", lambda _task, _split: questions)
     return fakes
@@ -196,12 +198,24 @@ def test_float_model_is_asked_again_if_its_answers_are_gone(
 ) -> None:
     run("--schemes", "W4A8")
     fakes.exported.clear()
-    (tmp_path / "work" / "tiny-easyvqa.reference.npz").unlink()
+    (reference,) = (tmp_path / "work").glob("*.reference.npz")
+    reference.unlink()
     run("--schemes", "W4A8")
     assert fakes.exported == []  # nothing waits for them
     run()
     assert fakes.exported[0] == ("fp32", "none")
     assert len(fakes.exported) == 3
+
+
+def test_tables_of_other_questions_do_not_take_each_others_answers_of_the_float_model(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Two results files, one work folder: the fake evaluation looks at what its reference was asked."""
+    other = str(tmp_path / "other.json")
+    assert run("--limit", "5", "--schemes", "W4A8").exit_code == 0
+    assert run("--limit", "7", "--seed", "1", "--results", other).exit_code == 0
+    assert run("--limit", "5").exit_code == 0
+    assert [row["n"] for row in rows(tmp_path)] == [5] * len(ALL)
 
 
 def test_redo_measures_them_again(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
@@ -307,6 +321,7 @@ def test_missing_native_library_stops_before_any_export(
     ("more", "message"),
     [
         (["--limit", "0"], "error: evaluation: expected --limit of 1 or more, got 0"),
+        (["--calib-samples", "0"], "error: calibration: expected at least 1 sample, got --calib-samples 0"),
         (["--methods", "rtn,awk"], "expected names out of rtn, "),
         (["--schemes", "W4A8,"], "expected names out of W4A8, "),
     ],
@@ -318,6 +333,26 @@ def test_useless_options_stop_before_any_export(
     assert result.exit_code == 2
     assert message in result.stderr
     assert fakes.exported == []
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"model_type": "resnet"}'])
+def test_model_that_cannot_be_used_is_one_line_and_not_one_a_row(
+    config: str | None, run: Callable[..., Result], fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from splitq_edge.loading import check_model
+
+    if config is not None:
+        (tmp_path / "models" / "tiny").mkdir(parents=True)
+        (tmp_path / "models" / "tiny" / "config.json").write_text(config)
+    (tmp_path / "models").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "check_model", check_model)
+    result = run()
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert fakes.exported == []
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_file_of_another_model_stops_before_any_export(
