@@ -61,14 +61,22 @@ class CalibrationState:
 
         Raises:
             SplitQError: there is none.
-            ArtifactError: it cannot be read.
+            ArtifactError: it cannot be read, is of another schema, or does not say what it is of.
         """
         path = folder / HEADER_FILE
         if not path.is_file():
             raise SplitQError(
                 f"calibration state {folder}: expected {HEADER_FILE}, found none; export --keep-state leaves one"
             )
-        return cls(folder, cls._read(path))
+        header = cls._read(path)
+        if header.get("schema") != STATE_SCHEMA:
+            raise ArtifactError(
+                f"{path}: expected schema {STATE_SCHEMA}, got {header.get('schema')!r}; calibrate with this version"
+            )
+        for key in ("recipe", "weights"):
+            if key not in header:
+                raise ArtifactError(f"{path}: expected a calibration state, {key} is missing; calibrate again")
+        return cls(folder, header)
 
     def start(self, *, resume: bool) -> int:
         """Prepare the folder; returns how many blocks it already holds.

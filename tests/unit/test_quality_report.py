@@ -151,6 +151,8 @@ def test_inspect_needs_no_torch(folder: Path) -> None:
         ("{", "expected a quality report"),
         ("[]", "expected a quality report"),
         ('{"schema": 1, "blocks": [{}]}', "expected a quality report"),
+        ('{"schema": 1, "blocks": []}', "expected a quality report"),
+        ('{"schema": 1, "recipe": [], "effective_bits": 4, "blocks": []}', "expected a quality report"),
         ('{"schema": 99, "blocks": []}', "expected schema 1 or older, got 99; upgrade"),
         ('{"schema": "1", "blocks": []}', "expected schema 1 or older, got '1'"),
     ],
@@ -160,6 +162,20 @@ def test_damaged_or_newer_report_is_said_in_one_line(damage: str, message: str, 
     with pytest.raises(ArtifactError, match=message) as raised:
         read_report(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("lost", ["recipe", "effective_bits", "blocks", "sites", "sqnr_db", "cws", "jaccard"])
+def test_report_that_lacks_a_field_is_said_in_one_line(lost: str, folder: Path, content: dict[str, Any]) -> None:
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(inner) for key, inner in value.items() if key != lost}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    (folder / REPORT_FILE).write_text(json.dumps(without(content)))
+    result = CliRunner().invoke(main, ["inspect", str(folder)])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert f"expected a quality report (KeyError('{lost}')); export the model again" in result.stderr
 
 
 def test_folder_without_report_is_said_in_one_line(tmp_path: Path) -> None:

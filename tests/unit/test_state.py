@@ -128,6 +128,23 @@ def test_damaged_header_is_said_in_one_line(content: str, tmp_path: Path) -> Non
         CalibrationState(tmp_path / "state", HEADER).start(resume=True)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "expected schema 2, got None; calibrate with this version"),
+        ({"schema": 3, "recipe": {}, "weights": "0"}, "expected schema 2, got 3"),
+        ({"schema": 2, "weights": "0"}, "expected a calibration state, recipe is missing"),
+        ({"schema": 2, "recipe": {}}, "expected a calibration state, weights is missing"),
+    ],
+)
+def test_recorded_state_that_does_not_say_what_it_is_of_is_refused(
+    content: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "calibration.json").write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=message):
+        CalibrationState.recorded(tmp_path)
+
+
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"not ours")
     with pytest.raises(SplitQError, match="expected an empty or new folder, it has other files; choose another"):
