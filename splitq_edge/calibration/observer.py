@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from splitq_edge.errors import SplitQError
 from splitq_edge.modality import TEXT, VISION
 from splitq_edge.parallel import Processes
 
@@ -93,7 +94,11 @@ class Observer:
             self._rows.append((sample, kind, rows[:: -(-rows.shape[0] // share)].clone()))
 
     def stats(self, processes: Processes) -> SiteStats:
-        """What was seen so far, by all processes."""
+        """What was seen so far, by all processes.
+
+        Raises:
+            SplitQError: a value is NaN or infinite.
+        """
         device = self._absmax[TEXT].device
         kept = [entry for part in processes.gather(self._rows) for entry in part]
         kept.sort(key=lambda entry: entry[:2])
@@ -102,10 +107,15 @@ class Observer:
             kind: torch.cat([rows.to(device) for _, of, rows in kept if of == kind] or [self._none()])
             for kind in (TEXT, VISION)
         }
+        absmax = {kind: processes.max(self._absmax[kind]) for kind in (VISION, TEXT)}
+        if not all(bool(torch.isfinite(values).all()) for values in absmax.values()):
+            raise SplitQError(
+                f"{self.name}: expected finite activations, got NaN or infinity; check the checkpoint's weights"
+            )
         return SiteStats(
             self.name,
-            vision_absmax=processes.max(self._absmax[VISION]),
-            text_absmax=processes.max(self._absmax[TEXT]),
+            vision_absmax=absmax[VISION],
+            text_absmax=absmax[TEXT],
             text_rows=rows[TEXT],
             vision_rows=rows[VISION],
             vision_tokens=int(tokens[1]),

@@ -193,7 +193,7 @@ class TrainableSite(nn.Module):
             self._start_clips(inputs)
 
     def _start_low_rank(self) -> None:
-        """SVD anchor of the scaled main weight (eq. 20-21); gates are the singular values to begin with."""
+        """SVD anchor of the scaled main weight (eq. 20-21); gates are ones to begin with, the plain SVD."""
         full = min(self.plan.main.numel(), self.weight.shape[1])
         self.cws_rank = rank_of(self.config.correction.cws_ratio, full)
         self.mac_rank = rank_of(self.config.correction.mac_ratio, full)
@@ -452,7 +452,7 @@ class TrainableSite(nn.Module):
         bits = torch.cat(
             [torch.full((width,), settings[name].bits) for name, width in zip(targets, widths, strict=True)]
         )
-        codes = gptq_codes(weight, hessian, torch.cat(scales), bits)
+        codes = gptq_codes(weight, hessian, torch.cat(scales), bits, name=self.name)
         return {name: part.contiguous() for name, part in zip(targets, codes.split(widths), strict=True)}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from splitq_edge.quant.affine import code_range
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 64  # rows whose feedback is applied at once to the rows behind them
 DAMPING = 0.01  # share of the mean diagonal added to it
 
 
 def gptq_codes(
-    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: torch.Tensor, *, damping: float = DAMPING
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    bits: torch.Tensor,
+    *,
+    damping: float = DAMPING,
+    name: str = "weight",
 ) -> torch.Tensor:
     """Codes that minimize |A (W - Q)|^2 greedily, input channel after input channel (GPTQ, arXiv 2210.17323).
 
@@ -21,13 +31,14 @@ def gptq_codes(
         scale: [K, N] float32, scale of every element.
         bits: [K] integer, bit width of every input channel.
         damping: see `DAMPING`.
+        name: of the weight, for messages.
 
     Returns:
         [K, N] int8.
     """
     low, high = _ranges(bits, weight.device)
     rest = weight.clone()
-    feedback = inverse_factor(hessian, damping)
+    feedback = inverse_factor(hessian, damping, name)
     codes = torch.empty_like(weight)
     for begin in range(0, weight.shape[0], BLOCK):
         end = min(begin + BLOCK, weight.shape[0])
@@ -45,11 +56,14 @@ def gptq_codes(
     return codes.to(torch.int8)
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped matrix, [K, K] float32; the damping grows until it exists."""
+def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING, name: str = "weight") -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped matrix, [K, K] float32; the damping grows until it exists.
+
+    Where it never does the identity stands for it, which is rounding to nearest, and a warning says so.
+    """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
-    if not mean > 0:  # nothing was seen: no feedback
+    if mean == 0:  # nothing was seen: no feedback
         return torch.eye(hessian.shape[0], device=hessian.device)
     for strength in (damping, 10 * damping, 100 * damping):
         damped = hessian.clone()
@@ -60,6 +74,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
         if not int(failed) and bool(torch.isfinite(upper).all()):
             return upper
+    logger.warning("%s: GPTQ's matrix is not positive definite, however damped; rounded to nearest", name)
     return torch.eye(hessian.shape[0], device=hessian.device)
 
 

@@ -108,6 +108,18 @@ def test_kept_rows_do_not_follow_a_buffer_that_is_reused() -> None:
     assert observer.stats(ALONE).text_rows.min() == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_activations_that_are_not_finite_are_an_error_that_names_the_site(value: float, kind: int) -> None:
+    observer = Observer("layers.3.mlp_in", 1)
+    x = torch.ones(1, 3, 2)
+    x[0, 1, 1] = value
+    keep = torch.ones(1, 3, dtype=torch.bool)
+    observer.update(x, torch.full((1, 3), kind, dtype=torch.int8), keep, torch.tensor([0]))
+    with pytest.raises(SplitQError, match=r"layers\.3\.mlp_in: expected finite activations, got NaN or infinity"):
+        observer.stats(ALONE)
+
+
 def test_low_precision_activations_are_kept_in_float32() -> None:
     observer = Observer("site", 1)
     mask = torch.ones(1, 3, dtype=torch.bool)

@@ -136,3 +136,15 @@ def test_scales_of_groups_are_used_row_by_row() -> None:
     codes = gptq_codes(weight, hessian, scale, all_bits(weight, 4))
     reference = gptq_by_loops(weight.numpy(), hessian.double().numpy(), scale.double().numpy(), [4] * 80)
     np.testing.assert_array_equal(codes.numpy(), reference)
+
+
+@pytest.mark.parametrize("value", [-1e6, float("nan")])
+def test_matrix_that_cannot_be_inverted_is_said_and_rounds_to_nearest(
+    value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    activations, weight = problem()
+    hessian, scale = activations.T @ activations, full_scale(weight, 3)
+    hessian[5, 7] = hessian[7, 5] = value
+    codes = gptq_codes(weight, hessian, scale, all_bits(weight, 3), name="layers.1.mlp_in")
+    assert torch.equal(codes, nearest(weight, scale, 3))
+    assert "layers.1.mlp_in: GPTQ's matrix is not positive definite" in caplog.text
