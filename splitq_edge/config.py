@@ -249,8 +249,14 @@ def _checked_keys(kind: type, values: dict[str, Any], prefix: str) -> dict[str, 
     for item in dataclasses.fields(kind):
         if item.name in values and item.type in PLAIN_TYPES:
             accepted, expected = PLAIN_TYPES[item.type]
+            if item.type == "float" and _is_float_without_dot(values[item.name]):
+                expected = "a number with a dot (YAML reads 5e-3 as a text, 5.0e-3 as a number)"
             _require(type(values[item.name]) in accepted, f"{prefix}{item.name}", expected, values[item.name])
     return values
+
+
+def _is_float_without_dot(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) is not None
 
 
 # What every preset shares; docs/method.md has the measurements behind the choice.

@@ -192,6 +192,15 @@ def test_recipe_file_that_is_no_mapping_is_refused_in_one_line(content: bytes, m
     assert "recipe.yaml" in str(raised.value)
 
 
+def test_number_that_yaml_reads_as_a_text_is_refused_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("scheme: mine\nbits: 4\nactivation_bits: 8\nlearning: {clip_lr: 5e-2}\n")
+    with pytest.raises(SplitQError, match=r"learning\.clip_lr: expected a number with a dot .*, got '5e-2'"):
+        load_recipe(path)
+    path.write_text("scheme: mine\nbits: 4\nactivation_bits: 8\nlearning: {clip_lr: 5.0e-2}\n")
+    assert load_recipe(path).learning.clip_lr == 0.05
+
+
 def test_missing_recipe_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SplitQError, match=r"absent\.yaml: expected a readable YAML file"):
         load_recipe(tmp_path / "absent.yaml")
