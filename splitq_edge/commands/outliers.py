@@ -92,6 +92,7 @@ def _observe(loaded: LoadedModel, encoded: list, share: float, console: Console)
         with loaded.outside_blocks():
             inputs = first_block_inputs(loaded, batches, ActivationStore(Path(folder)))
         for index in range(loaded.block_count):
+            inputs.begin(index)
             observed = observe_block(loaded, index, loaded.block(index), inputs, len(encoded), alone)
             for site in loaded.adapter.language_block:
                 stats = observed[loaded.adapter.site_name(index, site)]
