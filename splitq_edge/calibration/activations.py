@@ -66,10 +66,5 @@ class ActivationStore:
         for key in [*self._in_memory, *self._on_disk]:
             self.drop(key)
 
-    @property
-    def bytes_on_disk(self) -> int:
-        """What lies in files now."""
-        return sum(self._path(key).stat().st_size for key in self._on_disk)
-
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"

@@ -226,11 +226,6 @@ class BlockInputs:
         for number in self.own:
             self.store.rename(f"{old}-{number}", f"{new}-{number}")
 
-    def drop(self, stream: str) -> None:
-        """Forget a stream."""
-        for number in self.own:
-            self.store.drop(f"{stream}-{number}")
-
 
 class _Stored:
     """Stands for a tensor that lies in the store."""
