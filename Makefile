@@ -68,6 +68,7 @@ bench-kernels: $(STAMP)
 # disk and memory. BENCH="--threads 1 --prompt-tokens 256" and the like make it shorter.
 bench-model: $(STAMP)
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python -c constraints.txt gguf llama-cpp-python onnxruntime-genai
+	$(BIN)/python -m compileall -q splitq_edge exporters runtime_ops  # as the peers' modules are
 	$(BIN)/python tests/bench/model.py --json build/bench/model.json $(BENCH)
 
 # The portable flavour in onnxruntime-node and, on the demo page, in headless Chromium.

@@ -46,6 +46,7 @@ unset(CMAKE_REQUIRED_FLAGS)
 function(splitq_add_kernels name)
   set(sources
     cpu/features.cc
+    gate/swiglu.cc
     gemm/scalar.cc
     gemm/scalar_terms.cc
     gemm/table.cc
@@ -72,6 +73,7 @@ function(splitq_add_kernels name)
     quantize/avx2_rows.cc
   )
   set(avx2_fma quantize/avx2_product.cc)
+  set(avx2_gate gate/avx2_swiglu.cc)
   set(avx512vnni gemm/avx512vnni.cc quantize/avx512vnni_product.cc quantize/avx512vnni_rows.cc)
   set(neon
     gemm/neon_gemm.cc
@@ -84,16 +86,23 @@ function(splitq_add_kernels name)
   list(TRANSFORM sources PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx2 PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx2_fma PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM avx2_gate PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM neon PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM dotprod PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM i8mm PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx512vnni PREPEND ${SPLITQ_KERNEL_DIR}/)
   add_library(${name} OBJECT ${sources})
+  if(NOT MSVC)  # its loop has a minimum and a maximum, which GCC else leaves as branches
+    set_source_files_properties(${SPLITQ_KERNEL_DIR}/gate/swiglu.cc PROPERTIES
+      COMPILE_OPTIONS -fno-trapping-math)
+  endif()
   if(SPLITQ_HAS_AVX2)
-    target_sources(${name} PRIVATE ${avx2} ${avx2_fma})
+    target_sources(${name} PRIVATE ${avx2} ${avx2_fma} ${avx2_gate})
     set_source_files_properties(${avx2} PROPERTIES COMPILE_OPTIONS "-mavx2;-fno-exceptions")
     set_source_files_properties(${avx2_fma} PROPERTIES
       COMPILE_OPTIONS "-mavx2;-mfma;-fno-exceptions")
+    set_source_files_properties(${avx2_gate} PROPERTIES
+      COMPILE_OPTIONS "-mavx2;-fno-exceptions;-fno-trapping-math")
     target_compile_definitions(${name} PRIVATE SPLITQ_AVX2)
   endif()
   if(SPLITQ_HAS_NEON)  # plain NEON needs no flag on ARM64

@@ -10,12 +10,14 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from splitq_edge.convert import QuantizedModel
+from splitq_edge.exporters.nodes import Spec
 from splitq_edge.exporters.onnx_export import check_axes, trace
 from splitq_edge.exporters.parts import CacheShape, Decoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
 from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.passes.fuse_attention import fuse_attention
 from splitq_edge.exporters.passes.fuse_norm import fuse_norms
+from splitq_edge.exporters.passes.fuse_swiglu import fuse_swiglu
 from splitq_edge.exporters.passes.pack_attention import pack_attention
 from splitq_edge.exporters.passes.trim_logits import trim_logits
 from splitq_edge.exporters.site_weights import site_spec
@@ -105,7 +107,8 @@ def finish_decoder(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bo
     if not sites:
         return
     expand_sites(model, sites, packed=packed)
-    attach_functions(model, (site_spec(site, packed=packed) for site in sites.values()))
+    specs: list[Spec] = [site_spec(site, packed=packed) for site in sites.values()]
+    attach_functions(model, [*specs, *fuse_swiglu(model)])
     pack_attention(model)
     RemoveUnusedNodesPass()(model)
 

@@ -23,15 +23,18 @@ from splitq_edge.exporters.decoder_graph import cache_shape, finish_decoder, tra
 from splitq_edge.exporters.layouts.layout import ExportParts
 from splitq_edge.exporters.layouts.registry import layout_named
 from splitq_edge.exporters.onnx_export import check_axes, trace
+from splitq_edge.exporters.packed_embedding import PackedHeadEmbedding
 from splitq_edge.exporters.parts import Decoder, EmbedTokens, vision_encoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
 from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.quantization_config import quantization_config
+from splitq_edge.exporters.save_graph import external_places, save_graph
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
 from splitq_edge.image_layout import Arrays, ImageLayout, join
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import VISION
+from splitq_edge.modules.quantized_embedding import HeadEmbedding
 from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.kv_cache import cache_tensors
 from splitq_edge.quant.metrics import sqnr_db
@@ -46,6 +49,8 @@ SENSITIVITY_MARGIN_DB = 6.0
 LEAST_LIMIT_DB = 6.0  # a case that can be asked no more than this tells nothing
 FLOAT_LIMIT_DB = 80.0  # float32 sums in another order stay far above this
 EXTERNAL_BYTES = 1024  # larger tensors go to the .data file
+SHARING_LAYOUTS = ("flat", "genai")  # transformers.js looks for a graph's data under the graph's own name alone
+HEAD_INPUTS = {"embedding.codes": "lm_head.weight_main", "embedding.scale": "lm_head.scale_main"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,8 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         sensitivity = _parity_decoder(loaded, quantized, request, (embeds, modality), parity)
     graphs = {
         "vision_encoder": _vision_graph(loaded, quantized, request),
-        "embed_tokens": embed_graph(loaded, features),
         "decoder": _decoder_graph(loaded, quantized, request, features.shape[-1]),
+        "embed_tokens": embed_graph(loaded, features, packed=request.flavour == "packed"),
     }
     attention = graphs["decoder"].metadata_props.get("splitq.attention", "standard")
     parts = ExportParts(
@@ -105,7 +110,8 @@ def write_export(loaded: LoadedModel, quantized: QuantizedModel | None, request:
         path = folder / layout.file(name, parts.manifest)
         path.parent.mkdir(exist_ok=True)
         parts.manifest["parts"][name]["file"] = path.relative_to(folder).as_posix()
-        ir.save(model, path, external_data=path.name + layout.data_suffix, size_threshold_bytes=EXTERNAL_BYTES)
+        shared = _shared_with_decoder(loaded, parts, folder) if name == "embed_tokens" else {}
+        save_graph(model, path, path.name + layout.data_suffix, threshold=EXTERNAL_BYTES, shared=shared)
     np.savez(folder / PARITY_FILE, **parity)  # type: ignore[arg-type]
     write_companions(loaded, quantized, folder)
     layout.write_companions(parts, folder)
@@ -167,12 +173,49 @@ def _with_sites(
     return model
 
 
-def embed_graph(loaded: LoadedModel, features: torch.Tensor) -> ir.Model:
-    """The token embedding with dynamic axes; features are image rows as the vision encoder gives them."""
+def _shared_with_decoder(loaded: LoadedModel, parts: ExportParts, folder: Path) -> dict[str, ir.ExternalTensor]:
+    """Initializers of `embed_tokens` that lie in the data of the decoder, which is written already."""
+    if parts.manifest["layout"] not in SHARING_LAYOUTS or not isinstance(
+        loaded.model.get_input_embeddings(), HeadEmbedding
+    ):
+        return {}
+    entry = parts.manifest["parts"]
+    stored = external_places(folder / entry["decoder"]["file"])
+    found = {}
+    for value in parts.graphs["embed_tokens"].graph.initializers.values():
+        place = stored.get(HEAD_INPUTS.get(str(value.name), ""))
+        tensor = value.const_value
+        if place is None or tensor is None:
+            continue
+        header = place.length - tensor.nbytes  # of the packed form
+        found[str(value.name)] = ir.ExternalTensor(
+            place.file,
+            place.offset + header,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=str(value.name),
+            base_dir=folder,
+        )
+        entry["embed_tokens"]["shared_data"] = [place.file]
+    return found
+
+
+def embed_graph(loaded: LoadedModel, features: torch.Tensor, *, packed: bool = False) -> ir.Model:
+    """The token embedding with dynamic axes.
+
+    Args:
+        loaded: the model.
+        features: image rows as the vision encoder gives them.
+        packed: whether the decoder's weights are packed, see `PackedHeadEmbedding`.
+    """
     flat = features.dim() == 2
     dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "rows" if flat else "images"}}
+    embedding = loaded.model.get_input_embeddings()
+    if packed and isinstance(embedding, HeadEmbedding):
+        embedding = PackedHeadEmbedding(embedding)
     model = trace(
-        EmbedTokens(loaded.model.get_input_embeddings(), check_exportable(loaded)),
+        EmbedTokens(embedding, check_exportable(loaded)),
         {
             "input_ids": torch.zeros(2, 5, dtype=torch.long),
             "image_features": torch.cat([features, features])[:2].clone(),
@@ -379,6 +422,7 @@ def manifest_of(
         "layout": request.layout,
         "effective_bits": 32.0 if quantized is None else round(effective_bits(quantized.sites), 4),
         **{extra: _extra_entry(quantized, extra) for extra in EXTRAS},
+        "embedding": {"scheme": "none" if quantized is None else quantized.config.embedding},
         "recipe": None if quantized is None else quantized.config.to_dict(),
         "calibration": request.calibration,
         "seed": request.seed,

@@ -16,6 +16,7 @@ from splitq_edge.exporters.specs import (
     CrossModalCorrectionSpec,
     Spec,
     SplitQLinearSpec,
+    SwiGLUSpec,
 )
 from splitq_edge.runtime_ops.packing import int4_bytes, pack
 
@@ -26,6 +27,7 @@ __all__ = [
     "CrossModalCorrectionSpec",
     "Spec",
     "SplitQLinearSpec",
+    "SwiGLUSpec",
     "make_node",
     "place",
     "weight_initializer",

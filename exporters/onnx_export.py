@@ -118,6 +118,7 @@ def simplify(model: ir.Model) -> None:
         common_passes.CommonSubexpressionEliminationPass(),
         common_passes.OutputFixPass(),
         common_passes.NameFixPass(),
+        common_passes.ClearMetadataAndDocStringPass(),  # stack traces, with the paths of this machine
     )(model)
 
 

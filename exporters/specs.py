@@ -360,7 +360,44 @@ class SplitQLinearSpec:
         )
 
 
-Spec = SplitQLinearSpec | ChannelSplitQuantizeSpec | CrossModalCorrectionSpec
+@dataclass(frozen=True, kw_only=True)
+class SwiGLUSpec:
+    """All that a `SwiGLU` node states.
+
+    Attributes:
+        N: channels of its output, half of those of its input.
+
+    Raises:
+        SplitQError: N is below 1.
+    """
+
+    N: int
+
+    op_type: ClassVar[str] = "SwiGLU"
+    inputs: ClassVar[tuple[str, ...]] = ("x",)
+    outputs: ClassVar[tuple[str, ...]] = ("y",)
+    overload: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "N")
+
+    @property
+    def present_inputs(self) -> tuple[str, ...]:
+        """The inputs the node takes."""
+        return self.inputs
+
+    @property
+    def present_outputs(self) -> tuple[str, ...]:
+        """The outputs the node gives."""
+        return self.outputs
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The attributes of the node, all of them."""
+        return {"N": self.N}
+
+
+Spec = SplitQLinearSpec | ChannelSplitQuantizeSpec | CrossModalCorrectionSpec | SwiGLUSpec
 
 
 def _takes_split_input(spec: ChannelSplitQuantizeSpec, name: str) -> bool:

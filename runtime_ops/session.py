@@ -70,12 +70,24 @@ class ExportedModel:
         """Run a part in a session made elsewhere, with options of its own."""
         self._sessions[part] = session
 
-    def _open(self, part: str) -> ort.InferenceSession:
+    def session_options(self, part: str) -> ort.SessionOptions:
+        """Options of the session of a part, the native kernels among them."""
         options = ort.SessionOptions()
         options.log_severity_level = ERROR_SEVERITY
         options.intra_op_num_threads = self.threads
         if self.native:
             runtime_ops.register(options)
+        if self._is_finished(part):
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return options
+
+    def _is_finished(self, part: str) -> bool:
+        """Whether a graph has nothing left to fuse, so that looking for it would only take time."""
+        fused = self.manifest.get("attention") == "fused" and self.manifest["scheme"] != "none"
+        return part == "decoder" and fused and self.native
+
+    def _open(self, part: str) -> ort.InferenceSession:
+        options = self.session_options(part)
         remedy = "update onnxruntime to 1.32" if self._too_old(part) else "export the model again"
         return open_session(self.folder / self.manifest["parts"][part]["file"], options, remedy)
 

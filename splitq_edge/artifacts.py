@@ -1,12 +1,12 @@
-"""Files on disk: atomic writing of files and folders, hashes, schema numbers."""
+"""Files on disk: atomic writing of files and folders, hashes, schema numbers.
+
+Running a folder reads its manifest and nothing else: what writing and hashing import, they import themselves.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +33,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         SplitQError: the place cannot be written.
     """
+    import tempfile
+
     check_writable(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -64,6 +66,8 @@ def check_writable(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file."""
+    import hashlib
+
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -166,6 +170,9 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         SplitQError: see `check_target`; or the parent folder cannot be written.
     """
+    import shutil
+    import tempfile
+
     check_target(out, force=force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +192,9 @@ def _replace(staging: Path, out: Path) -> None:
     if not out.exists():
         staging.rename(out)
         return
+    import shutil
+    import tempfile
+
     aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
     try:
         out.rename(aside / "old")

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from splitq_edge import __version__
-from splitq_edge.config import LM_HEAD_SCHEMES, PRESETS, RANGE_METHODS, TRANSFORMS
+from splitq_edge.config import EMBEDDINGS, LM_HEAD_SCHEMES, PRESETS, RANGE_METHODS, TRANSFORMS
 from splitq_edge.errors import SplitQError
 from splitq_edge.targets import ARCHITECTURES, QNN_HTP, TARGET_NAMES, Target
 
@@ -172,8 +172,14 @@ def _message(error: Exception) -> str:
 @click.option(
     "--lm-head",
     type=click.Choice(LM_HEAD_SCHEMES),
-    help="Quantize the output projection too: in a small model it is what a token waits longest for; default: as the "
-    "recipe says, in the presets none.",
+    help="Of the output projection: in a small model it is what a token waits longest for; default: as the recipe "
+    "says, without one W8A8 (none with --flavour qdq).",
+)
+@click.option(
+    "--embedding",
+    type=click.Choice(EMBEDDINGS),
+    help="Of the token embedding; tied to an output projection of 8 bits it is stored with that; default: as the "
+    "recipe says, without one W8 (none with --flavour qdq).",
 )
 @click.option(
     "--attention",

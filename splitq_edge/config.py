@@ -18,6 +18,7 @@ CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max", "modalit
 SCALES = ("none", "smoothquant", "awq", "mbq")
 VISION_SCHEMES = ("none", "W8A8", "W4A8", "W4A4")
 LM_HEAD_SCHEMES = ("none", "W8A8", "W4A8")
+EMBEDDINGS = ("none", "W8", "W4")
 KV_CACHE_BITS = (0, 8, 4)
 
 # What YAML may give for a field's declared type; a bool is no number here.
@@ -165,6 +166,8 @@ class QuantConfig:
         learning: block-wise reconstruction.
         vision: scheme of the vision encoder's blocks, "none" for float32, see `splitq_edge.calibration.extra_sites`.
         lm_head: scheme of the output projection, likewise.
+        embedding: "none" for float32, or bits of the token embedding, "W8" or "W4", see
+            `splitq_edge.modules.quantized_embedding`.
         kv_cache_bits: bits of the key-value cache, 0 for float32, see `splitq_edge.quant.kv_cache`.
     """
 
@@ -183,6 +186,7 @@ class QuantConfig:
     learning: LearningConfig = field(default_factory=LearningConfig)
     vision: str = "none"
     lm_head: str = "none"
+    embedding: str = "none"
     kv_cache_bits: int = 0
 
     def __post_init__(self) -> None:
@@ -205,6 +209,7 @@ class QuantConfig:
         )
         _require(self.vision in VISION_SCHEMES, "vision", f"one of {VISION_SCHEMES}", self.vision)
         _require(self.lm_head in LM_HEAD_SCHEMES, "lm_head", f"one of {LM_HEAD_SCHEMES}", self.lm_head)
+        _require(self.embedding in EMBEDDINGS, "embedding", f"one of {EMBEDDINGS}", self.embedding)
         _require(self.kv_cache_bits in KV_CACHE_BITS, "kv_cache_bits", f"one of {KV_CACHE_BITS}", self.kv_cache_bits)
 
     def to_dict(self) -> dict[str, Any]:

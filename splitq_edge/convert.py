@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
+
 from splitq_edge.calibration.extra_sites import place_extra, wanted_extras
 from splitq_edge.calibration.runner import place_sites
 from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.config import QuantConfig
-from splitq_edge.loading import LoadedModel
+from splitq_edge.loading import LoadedModel, tied
+from splitq_edge.modules.quantized_embedding import HeadEmbedding, QuantizedEmbedding, can_share
 from splitq_edge.modules.split_linear import SplitLinear
 
 
@@ -47,6 +51,7 @@ def assemble(loaded: LoadedModel, config: QuantConfig, state: CalibrationState) 
         ArtifactError: a block's file is damaged or missing.
     """
     quantized = QuantizedModel(loaded, config, {}, [])
+    one_weight = tied(loaded)
     for index, block in enumerate(loaded.language_blocks()):
         record = state.load(index, loaded.context)
         place_sites(loaded.adapter, index, block, record.sites)
@@ -57,7 +62,29 @@ def assemble(loaded: LoadedModel, config: QuantConfig, state: CalibrationState) 
         place_extra(loaded, extra, record.sites)
         quantized.extras[extra] = record.sites
         quantized.extra_reports[extra] = record.report
+    if config.embedding != "none":
+        heads = list(quantized.extras.get("lm_head", {}).values()) if one_weight else []
+        _place_embedding(loaded, int(config.embedding[1:]), heads[0] if heads else None)
     return quantized
+
+
+@torch.no_grad()
+def _place_embedding(loaded: LoadedModel, bits: int, head: SplitLinear | None) -> None:
+    """Put a quantized embedding in place of the model's.
+
+    Args:
+        loaded: changed in place.
+        bits: 8 or 4.
+        head: the quantized output projection that is tied to the embedding, if there is one.
+    """
+    table = loaded.model.get_input_embeddings()
+    if head is not None and bits == head.groups["main"].bits and can_share(head) and type(table) is nn.Embedding:
+        loaded.model.set_input_embeddings(HeadEmbedding(head))
+        return
+    with loaded.having(table):
+        # What the module gives and not its weight: some families put a factor on it.
+        rows = table(torch.arange(table.weight.shape[0], device=loaded.device))
+    loaded.model.set_input_embeddings(QuantizedEmbedding(rows.float(), bits))
 
 
 def effective_bits(sites: dict[str, SplitLinear]) -> float:

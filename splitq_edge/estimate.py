@@ -12,7 +12,7 @@ from torch import nn
 from splitq_edge.calibration.extra_sites import check_extras, extra_config, extra_sites, wanted_extras
 from splitq_edge.config import QuantConfig
 from splitq_edge.correction.low_rank import rank_of
-from splitq_edge.loading import LoadedModel
+from splitq_edge.loading import LoadedModel, tied
 from splitq_edge.quant.transforms import factor_pair
 from splitq_edge.splitting.plan import outlier_width
 
@@ -37,8 +37,8 @@ class Estimate:
     Attributes:
         effective_bits: stored bits a weight of the quantized linears, as `convert.effective_bits` will report.
         decoder_bytes: of the language blocks' quantized linears: codes, scales, transforms, factors.
-        extra_bytes: the same by "vision" and "lm_head", only what the recipe quantizes.
-        float_bytes: of everything that stays float32 (embedding, norms, what the recipe does not quantize).
+        extra_bytes: the same by "vision", "lm_head" and "embedding", only what the recipe quantizes.
+        float_bytes: of everything that stays float32 (norms, what the recipe does not quantize).
         block_seconds: calibration of one block on this machine.
         blocks: number of blocks.
         tokens: tokens of the calibration samples.
@@ -82,8 +82,13 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
         extra_bytes[name] = sum(
             _site_storage(shape, extra_config(config, name, shape.inputs), packed=packed)[1] for shape in extra_shapes
         )
-        if name != "lm_head" or not _tied(loaded):  # a tied weight stays as embedding
+        if name != "lm_head" or not tied(loaded):  # a tied weight stays as embedding
             everything -= sum(shape.inputs * shape.outputs for shape in extra_shapes)
+    if config.embedding != "none":
+        rows, hidden = loaded.model.get_input_embeddings().weight.shape
+        everything -= rows * hidden
+        shared = tied(loaded) and config.embedding == "W8" and config.lm_head.startswith("W8")
+        extra_bytes["embedding"] = 0 if shared else rows * (hidden * int(config.embedding[1:]) // 8 + 4)
     return Estimate(
         effective_bits=stored / weights,
         decoder_bytes=size * blocks,
@@ -93,11 +98,6 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
         blocks=blocks,
         tokens=tokens,
     )
-
-
-def _tied(loaded: LoadedModel) -> bool:
-    head = loaded.model.get_submodule(loaded.adapter.lm_head)
-    return bool(head.weight is loaded.model.get_input_embeddings().weight)
 
 
 def site_shapes(loaded: LoadedModel) -> list[SiteShape]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.anyres import Grids, token_rows
 from splitq_edge.errors import ArtifactError
 from splitq_edge.mrope import mrope_positions
 from splitq_edge.patches import frame_segments, grid_taps, patch_positions, window_segments
 from splitq_edge.tiles import image_tiles, model_pixels
+
+if TYPE_CHECKING:
+    from splitq_edge.adapters.adapter import ModelAdapter
 
 Arrays = dict[str, np.ndarray]
 SIZES = {  # what a processor says of the pictures beside their pixels, by kind

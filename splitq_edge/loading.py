@@ -128,6 +128,24 @@ class LoadedModel:
             for restore in undo:
                 restore()
 
+    @contextmanager
+    def having(self, module: nn.Module) -> Iterator[None]:
+        """Within the `with` block a module of the model has its own weights, in float32 on `device`.
+
+        Raises:
+            SplitQError: a weight cannot be read.
+        """
+        if self.weights is None:
+            yield
+            return
+        path = next(name for name, found in self.model.named_modules() if found is module)
+        undo = self.weights.fill([(path, module)], self.device)
+        try:
+            yield
+        finally:
+            for restore in undo:
+                restore()
+
     def read_rest(self) -> None:
         """Give a lazily loaded model the weights that it has on the meta device only, for good.
 
@@ -151,6 +169,12 @@ class LoadedModel:
                 yield
         finally:
             handle.remove()
+
+
+def tied(loaded: LoadedModel) -> bool:
+    """Whether the output projection's weight is the token embedding's."""
+    head = loaded.model.get_submodule(loaded.adapter.lm_head)
+    return getattr(head, "weight", None) is loaded.model.get_input_embeddings().weight
 
 
 def load_model(

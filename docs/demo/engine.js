@@ -20,9 +20,9 @@ export async function loadModel({ ort, read, Tokenizer, Template }) {
   const sessions = {};
   const provider = typeof window === 'undefined' ? 'cpu' : 'wasm';
   for (const part of PARTS) {
-    const { file } = manifest.parts[part];
-    const data = `${file}.data`;
-    const externalData = data in manifest.files ? [{ path: data, data: await read(data) }] : undefined;
+    const { file, shared_data: shared = [] } = manifest.parts[part];
+    const names = [`${file}.data`, ...shared].filter((name) => name in manifest.files);
+    const externalData = await Promise.all(names.map(async (path) => ({ path, data: await read(path) })));
     const options = { externalData, logSeverityLevel: 3, executionProviders: [provider] };
     sessions[part] = await ort.InferenceSession.create(await read(file), options);
   }

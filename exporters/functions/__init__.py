@@ -16,11 +16,13 @@ from onnx import FunctionProto
 from splitq_edge.exporters.functions.correction import correction_function, correction_structure
 from splitq_edge.exporters.functions.linear import linear_function, nested_correction
 from splitq_edge.exporters.functions.quantize import quantize_function, quantize_structure
+from splitq_edge.exporters.functions.swiglu import swiglu_function
 from splitq_edge.exporters.specs import (
     ChannelSplitQuantizeSpec,
     CrossModalCorrectionSpec,
     Spec,
     SplitQLinearSpec,
+    SwiGLUSpec,
 )
 
 __all__ = ["functions_for"]
@@ -74,6 +76,8 @@ def _top_level(spec: Spec, nested: _Nested) -> FunctionProto:
             quantize_name=nested.quantize(spec.quantize),
             correction_name=nested.correction(correction) if correction else "",
         )
+    if isinstance(spec, SwiGLUSpec):
+        return swiglu_function(spec)
     if isinstance(spec, ChannelSplitQuantizeSpec):
         return quantize_function(spec, spec.op_type, overload=spec.overload)
     return correction_function(spec, spec.op_type, overload=spec.overload)

@@ -30,6 +30,10 @@ class Body:
         """Appends a Split of `value` into `outputs`."""
         self._nodes.append(helper.make_node("Split", [value, sizes], outputs, axis=axis))
 
+    def halves(self, value: str, outputs: Sequence[str]) -> None:
+        """Appends a Split of the last axis of `value` into two equal parts."""
+        self._nodes.append(helper.make_node("Split", [value], outputs, axis=-1, num_outputs=2))
+
     def call(self, function: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
         """Appends a node of our domain. It has no overload: ONNX Runtime does not resolve nested ones."""
         self._nodes.append(helper.make_node(function, inputs, outputs, domain=DOMAIN, **attributes))

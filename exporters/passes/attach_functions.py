@@ -11,10 +11,10 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from splitq_edge.exporters.functions import functions_for
-from splitq_edge.exporters.nodes import DOMAIN, SplitQLinearSpec
+from splitq_edge.exporters.nodes import DOMAIN, Spec
 
 
-def attach_functions(model: ir.Model, specs: Iterable[SplitQLinearSpec]) -> int:
+def attach_functions(model: ir.Model, specs: Iterable[Spec]) -> int:
     """Add the bodies of the given node variants; returns how many functions were added."""
     functions = functions_for(specs)
     for proto in functions:

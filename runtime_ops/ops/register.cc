@@ -8,6 +8,7 @@
 #include "ops/channel_split_op.h"
 #include "ops/correction_op.h"
 #include "ops/split_linear_op.h"
+#include "ops/swiglu_op.h"
 
 #if defined(_WIN32)
 #define SPLITQ_EXPORT __declspec(dllexport)
@@ -32,17 +33,20 @@ struct Domain {
       : api(runtime),
         linear(runtime, infer_shapes),
         channel_split(runtime, infer_shapes),
-        correction(runtime, infer_shapes) {
+        correction(runtime, infer_shapes),
+        swiglu(runtime, infer_shapes) {
     Check(api, api.CreateCustomOpDomain("ai.splitq", &handle));
     Check(api, api.CustomOpDomain_Add(handle, &linear));
     Check(api, api.CustomOpDomain_Add(handle, &channel_split));
     Check(api, api.CustomOpDomain_Add(handle, &correction));
+    Check(api, api.CustomOpDomain_Add(handle, &swiglu));
   }
 
   const OrtApi& api;
   CustomOp<SplitLinearKernel> linear;
   CustomOp<ChannelSplitKernel> channel_split;
   CustomOp<CorrectionKernel> correction;
+  CustomOp<SwiGluOp> swiglu;
   OrtCustomOpDomain* handle = nullptr;
 };
 

@@ -38,6 +38,8 @@ from splitq_edge.runtime_ops.verify import ParityRow, verify_parity
 
 logger = logging.getLogger(__name__)
 
+LM_HEAD, EMBEDDING = "W8A8", "W8"  # of an export without a recipe file; the presets themselves leave both in float
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -54,6 +56,7 @@ class ExportOptions:
     attention: str | None = None
     layout: str | None = None
     lm_head: str | None = None
+    embedding: str | None = None
     seed: int = 0
     force: bool = False
     revision: str | None = None
@@ -236,11 +239,17 @@ def _header(
         "revision": options.revision,
         "model_config": hashlib.sha256(repr(model_config).encode()).hexdigest(),
         "weights": weights_digest(Path(loaded.base), *filter(None, [options.adapter, Path(options.model)])),
-        "recipe": config.to_dict(),
+        "recipe": _calibrated_part(config),
         "seed": options.seed,
         "samples": len(samples),
         "samples_sha256": _samples_digest(samples),
     }
+
+
+def _calibrated_part(config: QuantConfig) -> dict[str, Any]:
+    """The recipe; without the embedding while that stays float, as in states of versions that knew no other."""
+    recipe = config.to_dict()
+    return {name: value for name, value in recipe.items() if (name, value) != ("embedding", "none")}
 
 
 def weights_digest(*folders: Path) -> str:
@@ -285,12 +294,17 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
     if options.recipe is not None:
         config = load_recipe(options.recipe)
     elif options.scheme == "none":
-        if options.lm_head not in (None, "none"):
-            raise SplitQError("export: expected --lm-head none with --scheme none, got both; leave one out")
+        for name, value in (("--lm-head", options.lm_head), ("--embedding", options.embedding)):
+            if value not in (None, "none"):
+                raise SplitQError(f"export: expected {name} none with --scheme none, got {value}; leave one out")
         return None
     else:
         config = method_config(options.method, preset(options.scheme))
-    return config if options.lm_head is None else replace(config, lm_head=options.lm_head)
+        if options.flavour != "qdq":  # which has integers of its own for what the recipe leaves in float
+            config = replace(config, lm_head=LM_HEAD, embedding=EMBEDDING)
+    if options.lm_head is not None:
+        config = replace(config, lm_head=options.lm_head)
+    return config if options.embedding is None else replace(config, embedding=options.embedding)
 
 
 def check_places(options: ExportOptions) -> None:

@@ -4,7 +4,8 @@
 
 Reads lines `TOKENS STEPS`: runs a prompt of TOKENS random tokens from an empty cache, then STEPS single tokens, and
 answers with a line of JSON: seconds of the prompt and of all steps; processor time with one thread, elapsed time with
-more. Says first how long loading took; ends with the input, and says last how much memory the process took at most.
+more. Says first how long loading took, the engine's Python modules included; ends with the input, and says last how
+much memory the process took at most.
 Engines: ours (ONNX Runtime, native kernels), genai (onnxruntime-genai), llama (llama.cpp).
 """
 
@@ -31,23 +32,20 @@ def token_ids(count: int) -> np.ndarray:
 
 
 def ours(path: Path, threads: int, clock: Clock) -> Timed:
-    """An exported decoder; the embeddings of its prompts are drawn beforehand, a row a token."""
+    """An exported decoder; the embeddings of its prompts are drawn before the clock starts, a row a token."""
     import onnxruntime as ort
 
-    from splitq_edge import runtime_ops
     from splitq_edge.runtime_ops.session import ExportedModel
 
     model = ExportedModel(path, native=True, threads=threads)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options = model.session_options("decoder")
     options.add_session_config_entry("session.force_spinning_stop", "1")  # other engines take turns with this one
-    runtime_ops.register(options)
     model.use_session("decoder", ort.InferenceSession(str(path / "decoder.onnx"), options))
-    rows = np.random.default_rng(0).standard_normal((1, LONGEST, model.manifest["hidden_size"])).astype(np.float32)
+    size = (1, LONGEST, model.manifest["hidden_size"])
     modality, mask = np.zeros((1, LONGEST), np.int8), np.ones((1, LONGEST), np.int64)
 
     def run(tokens: int, steps: int) -> tuple[float, float]:
+        rows = np.random.default_rng(tokens).random(size, np.float32) - 0.5
         cache = model.empty_cache(1, room=tokens + steps)
         marks = [clock()]
         for start, end in ((0, tokens), *((at, at + 1) for at in range(tokens, tokens + steps))):
@@ -139,9 +137,10 @@ def peak_rss_mb() -> float:
 @click.option("--threads", default=1, show_default=True)
 def main(engine: str, path: Path, threads: int) -> None:
     """Answer until the input ends."""
-    start = time.perf_counter()
-    timed = ENGINES[engine](path, threads, time.process_time if threads == 1 else time.perf_counter)
-    say(load_s=time.perf_counter() - start)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    start = clock()
+    timed = ENGINES[engine](path, threads, clock)
+    say(load_s=clock() - start)
     for line in sys.stdin:
         tokens, steps = map(int, line.split())
         prompt_s, steps_s = timed(tokens, steps)

@@ -140,7 +140,7 @@ def _write(traced: ir.Model, shape: str, scheme: str, folder: Path) -> None:
         folder / EXPORT_FILE,
         {
             "schema": EXPORT_SCHEMA,
-            "scheme": scheme,
+            "scheme": "none" if plain else scheme,
             "attention": ATTENTION,
             "logits_to_keep": True,
             "modality_input": "modality" in {value.name for value in model.graph.inputs},

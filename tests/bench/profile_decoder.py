@@ -21,21 +21,16 @@ import onnxruntime as ort
 from rich.console import Console
 from rich.table import Table
 
-from splitq_edge import runtime_ops
 from splitq_edge.runtime_ops.session import ExportedModel
 
 
 def profile(folder: Path, tokens: int, steps: int, threads: int, native: bool) -> list[dict[str, Any]]:
     """Events of a session that ran one prompt and then single steps."""
     model = ExportedModel(folder, native=native, threads=threads)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options = model.session_options("decoder")
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as place:
         options.profile_file_prefix = str(Path(place) / "profile")
-        if native:
-            runtime_ops.register(options)
         session = ort.InferenceSession(str(folder / model.manifest["parts"]["decoder"]["file"]), options)
         model.use_session("decoder", session)
         embeds = np.random.default_rng(0).standard_normal((1, tokens + steps, model.manifest["hidden_size"]))

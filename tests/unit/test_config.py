@@ -39,6 +39,7 @@ ALLOWED = [
     ("", "rounding", ["nearest", "gptq"], ["", "rtn", None]),
     ("", "vision", ["none", "W8A8", "W4A8", "W4A4"], ["", "W3A3", "w4a8", None]),
     ("", "lm_head", ["none", "W8A8", "W4A8"], ["", "W4A4", None]),
+    ("", "embedding", ["none", "W8", "W4"], ["", "W3", "W8A8", 8]),
     ("", "kv_cache_bits", [0, 4, 8], [-1, 1, 2, 16, 32]),
     ("clip.", "weight", ["none", "search"], ["", "learned", None]),
     ("clip.", "activation", ["none", "search"], ["", "learned", None]),

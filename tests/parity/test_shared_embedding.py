@@ -1,0 +1,73 @@
+"""A tied model whose output projection has 8 bits: the folder holds the weight once, and both graphs read it there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from builders import CLOSED_FORM, VOCABULARY, calibrated, chat_batches, tiny_loaded
+
+from splitq_edge.config import preset
+from splitq_edge.exporters.export_folder import ExportRequest, write_export
+from splitq_edge.runtime_ops.generate import greedy_tokens
+from splitq_edge.runtime_ops.session import ExportedModel
+from splitq_edge.runtime_ops.verify import verify_files, verify_parity
+
+pytestmark = pytest.mark.slow
+
+HIDDEN = 96
+CASES = [("portable", "flat"), ("packed", "genai"), ("portable", "onnx-community")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flavour, layout = request.param
+    loaded, batches = tiny_loaded(), chat_batches(2)
+    loaded.model.lm_head.weight = loaded.model.get_input_embeddings().weight
+    config = replace(preset("W4A8"), learning=CLOSED_FORM, lm_head="W8A8", embedding="W8")
+    quantized = calibrated(loaded, config, batches, tmp_path_factory.mktemp("calibration"))
+    out = tmp_path_factory.mktemp("export")
+    attention = "standard" if layout == "onnx-community" else "fused"
+    write_export(loaded, quantized, ExportRequest(flavour, batches[0], None, 0, attention, layout), out)
+    return out
+
+
+def test_the_weight_lies_in_the_folder_once_where_the_layout_allows_it(folder: Path) -> None:
+    manifest = json.loads((folder / "export.json").read_text())
+    embed, decoder = (folder / manifest["parts"][part]["file"] for part in ("embed_tokens", "decoder"))
+    alone = manifest["layout"] == "onnx-community"
+    data = sum(path.stat().st_size for path in embed.parent.glob(f"{embed.name}?data"))
+    assert data < HIDDEN * VOCABULARY * (2 if alone else 0.3)
+    assert manifest["parts"]["embed_tokens"].get("shared_data") == (None if alone else [f"{decoder.name}.data"])
+    assert manifest["embedding"] == {"scheme": "W8"}
+    codes = [
+        tensor
+        for tensor in onnx.load(str(embed), load_external_data=False).graph.initializer
+        if np.prod(tensor.dims) >= HIDDEN * VOCABULARY
+    ]
+    assert [tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) for tensor in codes] == [True]
+
+
+def test_both_graphs_say_what_torch_says(folder: Path) -> None:
+    said = []
+    for native in (None, False):
+        model = ExportedModel(folder, native=native, threads=1)
+        verify_files(model)
+        assert [row for row in verify_parity(model) if not row.ok] == []
+        ids = np.array([[1, 70, 80, 90]])
+        said.append(list(greedy_tokens(model, ids, np.ones_like(ids), model.encode_images(None), max_new_tokens=3)))
+    np.testing.assert_array_equal(*said)
+
+
+def test_rows_are_near_the_float_ones(folder: Path) -> None:
+    model = ExportedModel(folder, threads=1)
+    ids = np.arange(4, VOCABULARY)[None]
+    rows = model.embed(ids, model.encode_images(None))[0][0, :, :HIDDEN]
+    table = tiny_loaded().model.get_input_embeddings().weight.detach()
+    error = torch.linalg.norm(torch.from_numpy(rows) - table[4:]) / torch.linalg.norm(table[4:])
+    assert float(error) < 0.02
