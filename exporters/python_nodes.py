@@ -15,11 +15,19 @@ import onnx
 from onnx import helper, numpy_helper
 
 from splitq_edge.errors import ArtifactError
-from splitq_edge.exporters.specs import DOMAIN, ChannelSplitQuantizeSpec, CrossModalCorrectionSpec, SplitQLinearSpec
+from splitq_edge.exporters.specs import (
+    DOMAIN,
+    ChannelSplitQuantizeSpec,
+    CrossModalCorrectionSpec,
+    SplitQLinearSpec,
+    SwiGLUSpec,
+)
 from splitq_edge.runtime_ops.numpy_ops import NUMBER, PYTHON_DOMAIN, PythonNode
 from splitq_edge.runtime_ops.packing import unpack
 
-CONTRACTS = {spec.op_type: spec for spec in (SplitQLinearSpec, ChannelSplitQuantizeSpec, CrossModalCorrectionSpec)}
+CONTRACTS = {
+    spec.op_type: spec for spec in (SplitQLinearSpec, ChannelSplitQuantizeSpec, CrossModalCorrectionSpec, SwiGLUSpec)
+}
 COMPUTED = {"x", "modality", "main_codes", "main_scale", "residual_codes", "residual_scale"}
 
 _numbers = itertools.count()

@@ -243,8 +243,21 @@ class _Correct:
         return correction.reshape(*given["main_codes"].shape[:-1], correction.shape[-1])
 
 
+class _SwiGlu:
+    """SwiGLU."""
+
+    def __init__(self, _node: PythonNode) -> None:
+        pass
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        gate, up = np.split(x, 2, -1)
+        with np.errstate(over="ignore", invalid="ignore"):  # e^-gate beyond float32 makes the product 0
+            return gate / (1 + np.exp(-gate)) * up
+
+
 OPS: dict[str, Callable[[PythonNode], Callable[..., Any]]] = {
     "SplitQLinear": _Linear,
     "ChannelSplitQuantize": _Quantize,
     "CrossModalCorrection": _Correct,
+    "SwiGLU": _SwiGlu,
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -14,9 +17,12 @@ from onnx.reference import ReferenceEvaluator
 from splitq_edge.exporters.functions import functions_for
 from splitq_edge.exporters.nodes import DOMAIN, VERSION, SwiGLUSpec, make_node
 from splitq_edge.exporters.passes.fuse_swiglu import fuse_swiglu
+from splitq_edge.exporters.python_nodes import rewrite
 from splitq_edge.runtime_ops import library_path
+from splitq_edge.runtime_ops.python_session import PythonSession
 
 ULP = 2.0**-23
+PYTHON = ["python"] if find_spec("onnxruntime_extensions") else []
 SIGMOID_ERROR = 4e-7  # absolute, of ONNX Runtime's own Sigmoid (measured 1e-7)
 
 
@@ -32,6 +38,8 @@ def swiglu_model(width: int) -> onnx.ModelProto:
 def run(model: onnx.ModelProto, x: np.ndarray, engine: str) -> np.ndarray:
     if engine == "reference":
         return ReferenceEvaluator(inliner.inline_local_functions(model)).run(None, {"x": x})[0]
+    if engine == "python":
+        return PythonSession(*rewrite(model, Path()), Path(), threads=1).run(None, {"x": x})[0]
     options = ort.SessionOptions()
     options.log_severity_level = 4
     if engine == "native":
@@ -53,7 +61,7 @@ def expected(x: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
-@pytest.mark.parametrize("engine", ["reference", *site_engines()])
+@pytest.mark.parametrize("engine", ["reference", *PYTHON, *site_engines()])
 @pytest.mark.parametrize(("rows", "width"), [((1, 1), 1), ((2, 3), 37), ((1, 300), 160), ((0, 4), 8)])
 def test_every_engine_computes_the_equation(engine: str, rows: tuple[int, int], width: int) -> None:
     x = np.random.default_rng(width).standard_normal((*rows, 2 * width)).astype(np.float32) * 6
