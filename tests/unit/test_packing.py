@@ -4,9 +4,12 @@ import struct
 import zlib
 
 import numpy as np
+import onnxruntime
 import pytest
+from builders import no_split, random_site, site_engines, site_model
 
 from splitq_edge.errors import ArtifactError
+from splitq_edge.runtime_ops import register
 from splitq_edge.runtime_ops.packing import int4_bytes, pack, payload_bytes, unpack
 
 BITS = (2, 3, 4, 8)
@@ -147,3 +150,21 @@ def test_int4_bytes_put_the_first_code_in_the_low_nibble():
 
 def test_an_odd_number_of_int4_codes_ends_with_a_zero_nibble():
     assert int4_bytes(np.array([[3, -2, 5]], np.int8)) == bytes([0xE3, 0x05])
+
+
+@pytest.mark.skipif("native" not in site_engines(), reason="no native library")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_any_payload_runs_natively(bits):
+    # Loading reads no checksum, so the kernels must be safe on every byte there can be.
+    site, _ = random_site(no_split(bits=bits), widths=(72, 0, 0), outputs=(33,))
+    model = site_model(site, packed=True)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("weight_main"))
+    noise = np.random.default_rng(bits).integers(0, 256, len(weight.raw_data) - HEADER_BYTES, dtype=np.uint8)
+    weight.raw_data = weight.raw_data[:HEADER_BYTES] + noise.tobytes()
+    options = onnxruntime.SessionOptions()
+    register(options)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for rows in (1, 40):
+        y = session.run(None, {"x": np.ones((1, rows, 72), np.float32)})[0]
+        assert y.shape == (1, rows, 33)
+        assert np.isfinite(y).all()
