@@ -14,16 +14,15 @@ COMPILED_FILE = "compiled.json"
 COMPILED_SCHEMA = 1
 
 
-def write_compiled(folder: Path, target: Target, sources: dict[str, Path], versions: dict[str, str]) -> None:
+def write_compiled(place: Path, target: Target, sources: dict[str, Path], versions: dict[str, str]) -> None:
     """Record the compiled parts of an export.
 
     Args:
-        folder: the export; the parts lie in `target.folder` as `<part>.onnx`.
+        place: folder of the parts, each `<part>.onnx`.
         target: what they were compiled for.
         sources: the graph of each part.
         versions: of the compiler.
     """
-    place = folder / target.folder
     parts = {
         part: {
             "file": f"{part}.onnx",

@@ -138,8 +138,13 @@ def check_file(folder: Path, name: str, size: int) -> None:
         raise ArtifactError(f"{path}: expected {size} bytes, got {found}; copy the exported folder again")
 
 
-def check_target(out: Path, *, force: bool) -> None:
-    """Check that an export may be written to `out`; called before any work is done.
+def check_target(out: Path, *, force: bool, marker: str = EXPORT_FILE) -> None:
+    """Check that a folder may be written to `out`; called before any work is done.
+
+    Args:
+        out: the folder.
+        force: whether it may replace an earlier one.
+        marker: file by which an earlier one is known.
 
     Raises:
         SplitQError: `out` has no name of its own, lies where nothing can be written, is a file, or a non-empty folder
@@ -156,16 +161,21 @@ def check_target(out: Path, *, force: bool) -> None:
         return
     if not force:
         raise SplitQError(f"output {out}: expected an empty or new folder, it has files; use --force to replace it")
-    if not (out / EXPORT_FILE).is_file():
+    if not (out / marker).is_file():
         raise SplitQError(
-            f"output {out}: --force replaces exported folders only and this one has no {EXPORT_FILE}; "
+            f"output {out}: only what splitq-edge wrote is replaced and this one has no {marker}; "
             "choose another name or empty it yourself"
         )
 
 
 @contextmanager
-def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
+def staged_folder(out: Path, *, force: bool, marker: str = EXPORT_FILE) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its name when the block ends well and vanishes when it does not.
+
+    Args:
+        out: see `check_target`, as the others.
+        force: see there.
+        marker: see there.
 
     Raises:
         SplitQError: see `check_target`; or the parent folder cannot be written.
@@ -173,7 +183,7 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     import shutil
     import tempfile
 
-    check_target(out, force=force)
+    check_target(out, force=force, marker=marker)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))

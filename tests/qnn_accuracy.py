@@ -13,6 +13,7 @@ file at once, `--resume` goes on.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -68,7 +69,7 @@ class Engine:
 
     def answers(self, work: Path) -> Path:
         """File of the answers so far, one JSON line each."""
-        return work / "answers" / f"{self.name.replace(' ', '-').replace(':', '-')}.jsonl"
+        return work / "answers" / f"{re.sub('[^a-z0-9]+', '-', self.name)}.jsonl"
 
 
 def engines(targets: list[str]) -> list[Engine]:

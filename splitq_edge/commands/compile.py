@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from splitq_edge.artifacts import read_export
+from splitq_edge.artifacts import read_export, staged_folder
 from splitq_edge.errors import SplitQError
-from splitq_edge.runtime_ops.compiled import write_compiled
+from splitq_edge.runtime_ops.compiled import COMPILED_FILE, write_compiled
 from splitq_edge.targets import Target
 
 CPU_PARTS = ("embed_tokens",)  # a look-up in a float table
@@ -27,13 +26,12 @@ def run_compile(out: Path, target: Target) -> Iterator[str]:
     from splitq_edge.runtime_ops import qnn
 
     place = out / target.folder
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
     sources = {part: out / entry["file"] for part, entry in manifest["parts"].items() if part not in CPU_PARTS}
-    for part, source in sources.items():
-        begin = time.monotonic()
-        qnn.compile_part(source, place / f"{part}.onnx", target)
-        size = (place / f"{part}.onnx").stat().st_size
-        yield f"{part:<16} {size / 1e6:8.2f} MB  {time.monotonic() - begin:6.1f} s"
-    write_compiled(out, target, sources, qnn.versions())
+    with staged_folder(place, force=True, marker=COMPILED_FILE) as staging:
+        for part, source in sources.items():
+            begin = time.monotonic()
+            qnn.compile_part(source, staging / f"{part}.onnx", target)
+            size = (staging / f"{part}.onnx").stat().st_size
+            yield f"{part:<16} {size / 1e6:8.2f} MB  {time.monotonic() - begin:6.1f} s"
+        write_compiled(staging, target, sources, qnn.versions())
     yield f"{place}: compiled for {target.name}"

@@ -154,7 +154,7 @@ def test_first_rename_that_fails_leaves_the_earlier_export_and_nothing_else(
     [
         ({"a.txt": "x"}, False, "expected an empty or new folder, it has files; use --force"),
         ({EXPORT_FILE: "{}"}, False, "expected an empty or new folder, it has files; use --force"),
-        ({"a.txt": "x"}, True, "--force replaces exported folders only and this one has no export.json"),
+        ({"a.txt": "x"}, True, "only what splitq-edge wrote is replaced and this one has no export.json"),
         (None, False, "expected a folder, got a file"),
         (None, True, "expected a folder, got a file"),
     ],

@@ -20,6 +20,7 @@ from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_
 from splitq_edge.cli import main
 from splitq_edge.config import PRESETS
 from splitq_edge.errors import SplitQError
+from splitq_edge.runtime_ops import qnn
 
 Check = Callable[..., str]
 
@@ -553,6 +554,89 @@ def test_checkpoint_given_to_the_onnxruntime_backend(checkpoint: Path, error_of:
     assert "expected export.json, found none" in error_of(
         "eval", checkpoint, "--backend", "ort-functions", "--limit", 2
     )
+
+
+# NPUs
+
+
+@pytest.fixture
+def static(exported: Path) -> Path:
+    """The manifest of static graphs that carries no more than `compile` reads."""
+    write_manifest(exported, flavour="qdq", static={"context": 8, "chunk": 2, "blocked": -100.0, "text_rows": False})
+    return exported
+
+
+@pytest.mark.parametrize(
+    "command", [("compile",), ("verify", "--target", "qnn-htp:v73")], ids=lambda command: command[0]
+)
+@pytest.mark.parametrize("flavour", ["packed", "portable"])
+def test_npu_asked_of_another_flavour(command: tuple[str, ...], flavour: str, exported: Path, error_of: Check) -> None:
+    write_manifest(exported, flavour=flavour)
+    name, *options = command
+    line = error_of(name, exported, *options)
+    assert "expected the flavour qdq" in line
+    assert "export it with --flavour qdq" in line
+    assert not (exported / "compiled").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "MODEL", "OUT", "--flavour", "qdq", "--target", "qnn-htp:v74"),
+        ("compile", "OUT", "--arch", "74"),
+        ("compile", "OUT", "--target", "coreml"),
+        ("verify", "OUT", "--target", "qnn-htp"),
+        ("eval", "OUT", "--backend", "qnn-htp:v74"),
+    ],
+    ids=" ".join,
+)
+def test_unknown_npu(command: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    known = "73', '75', '79" if "--arch" in command else "qnn-htp"
+    assert f"'{command[-1]}' is not" in result.stderr
+    assert known in result.stderr
+
+
+def test_target_without_static_graphs(model: Path, out: Path, error_of: Check) -> None:
+    assert "add --flavour qdq" in error_of("export", model, out, "--target", "qnn-htp:v73")
+
+
+def test_missing_plugin(static: Path, error_of: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
+    qnn._plugin.cache_clear()
+    line = error_of("compile", static)
+    assert "expected the package onnxruntime-qnn, found none; run: pip install 'splitq-edge[qnn]'" in line
+    assert list((static / "compiled").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [("verify", "--target"), ("eval", "--limit", "2", "--backend")], ids=lambda command: command[0]
+)
+def test_not_compiled(command: tuple[str, ...], static: Path, error_of: Check) -> None:
+    name, *options = command
+    line = error_of(name, static, *options, "qnn-htp:v75")
+    assert f"run: splitq-edge compile {static} --target qnn-htp --arch 75" in line
+
+
+def test_interrupted_compilation_leaves_what_was_there(static: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qnn, "versions", dict)
+    monkeypatch.setattr(qnn, "compile_part", lambda source, out, _target: out.write_bytes(source.read_bytes()))
+    compiled = CliRunner().invoke(main, ["compile", str(static)])
+    assert compiled.exit_code == 0, compiled.output
+    before = listing(static)
+    assert {f"compiled/qnn-htp-v73/{name}" for name in ("compiled.json", "decoder.onnx")} <= set(before)
+
+    def interrupted(_source: Path, out: Path, _target: object) -> None:
+        out.write_bytes(b"half")
+        if out.name == "decoder.onnx":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(qnn, "compile_part", interrupted)
+    result = CliRunner().invoke(main, ["compile", str(static)])
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted; nothing was changed"
+    assert listing(static) == before
 
 
 # the form of the failure itself
