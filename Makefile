@@ -80,7 +80,7 @@ test-web: $(DEV_STAMP)
 	  SPLITQ_WEB_MODULES=build/web OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/web; \
 	fi
 
-# The static graphs through Qualcomm's compiler and its emulator; x86-64 Linux, Python 3.11 or newer.
+# The static graphs through Qualcomm's compiler and its emulator; x86-64 Linux, Python 3.11 or newer; about a minute.
 test-qnn: $(DEV_STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt onnxruntime-qnn
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit/test_target_check.py tests/parity/test_static_export.py tests/parity/test_static_block.py

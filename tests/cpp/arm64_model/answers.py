@@ -15,6 +15,7 @@ import numpy as np
 from splitq_edge.runtime_ops import library_path
 from splitq_edge.runtime_ops.generate import Generator, greedy_tokens, open_image
 from splitq_edge.runtime_ops.session import ExportedModel
+from splitq_edge.runtime_ops.verify import verify_files
 
 QUESTIONS = 12
 MAX_NEW_TOKENS = 8
@@ -45,8 +46,10 @@ def record(folder: Path, file: Path) -> None:
 
 
 def compare(folder: Path, file: Path) -> bool:
-    """Answer the stored questions and print what differs."""
+    """Answer the stored questions and print what differs; the files must be, to the byte, those that were exported."""
     model = ExportedModel(folder, native=True, threads=2)
+    verify_files(model)
+    print(f"{len(model.manifest['files'])} files of the {model.manifest['flavour']} export, each with its sha256")
     library = ctypes.CDLL(str(library_path()))
     library.SplitQIsa.restype = ctypes.c_char_p
     same = 0
