@@ -193,7 +193,7 @@ def _message(error: Exception) -> str:
     help="Files as onnxruntime-genai or as transformers.js (onnx-community) opens them, or flat; "
     "default: genai for the types it knows, else flat.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the choice of samples.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the samples and their order.")
 @click.option("--revision", help="Hub revision of MODEL.")
 @click.option("--adapter", type=PATH, help="Folder of a LoRA adapter (peft) to merge into MODEL's weights.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run code that comes with MODEL.")

@@ -21,7 +21,7 @@ from splitq_edge.commands.python_ops import use_python_ops
 from splitq_edge.config import QuantConfig
 from splitq_edge.convert import QuantizedModel, assemble, effective_bits
 from splitq_edge.errors import SplitQError
-from splitq_edge.evaluate.answers import read_answers, rows_of, same_share, write_answers
+from splitq_edge.evaluate.answers import answers_to, rows_of, same_share, write_answers
 from splitq_edge.evaluate.backends import Backend, OrtBackend, TorchBackend, answer_all
 from splitq_edge.evaluate.likelihood import load_reference, save_reference
 from splitq_edge.evaluate.tasks import Question, load_task, score, task_names
@@ -62,8 +62,7 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     questions = [question for part in asked.values() for question in part]
     key = f"{options.task}, {len(questions)} questions, seed {options.seed}"
     references = None if options.reference is None else load_reference(options.reference, key)
-    if options.answers is not None:
-        read_answers(options.answers)  # a wrong file costs no evaluation
+    known = None if options.answers is None else answers_to(options.answers, asked)
     backend, scheme, bits = _open(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -86,10 +85,10 @@ def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     if len(asked) > 1:
         result["average"] = average(list(result["tasks"].values()))
     rows = rows_of(asked, answers)
-    if options.answers is not None:
-        result["same_answers"] = same_share(options.answers, rows)
+    if known is not None:
+        result["same_answers"] = same_share(known, rows)
     console.print(result_table(result))
-    if options.answers is not None:
+    if known is not None:
         share = result["same_answers"]
         console.print(f"{100 * share:.2f} % of the answers are those of {options.answers}", soft_wrap=True)
     if options.save_answers is not None:

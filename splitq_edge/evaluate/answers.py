@@ -57,21 +57,27 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def same_share(path: Path, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Share of answers that are those of a file, letter by letter.
+def answers_to(path: Path, asked: Mapping[str, Sequence[Question]]) -> list[dict[str, Any]]:
+    """The answers of a file, if it answers these questions in this order.
 
     Args:
         path: file of `write_answers`.
-        rows: of the same questions in the same order.
+        asked: questions by task.
 
     Raises:
         ArtifactError: no such file.
         SplitQError: it holds other questions.
     """
     known = read_answers(path)
-    if [[row[name] for name in WHICH] for row in known] != [[row[name] for name in WHICH] for row in rows]:
+    wanted = [[task, question.image.name, question.text] for task, part in asked.items() for question in part]
+    if [[row[name] for name in WHICH] for row in known] != wanted:
         raise SplitQError(
-            f"answers {path}: expected the {len(rows)} questions that were asked, got {len(known)} others; "
+            f"answers {path}: expected the {len(wanted)} questions that are asked, got {len(known)} others; "
             "use the same --task, --limit and --seed"
         )
+    return known
+
+
+def same_share(known: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> float:
+    """Share of rows whose answer is the known one of the same place, letter by letter."""
     return sum(row["answer"] == other["answer"] for row, other in zip(rows, known, strict=True)) / len(rows)
