@@ -92,11 +92,6 @@ class Calibration:
         check_extras(self.loaded, self.config)
         if not encoded:
             raise SplitQError("calibration: expected at least one sample, got none; give calibration data")
-        if len(encoded) < self.processes.size:
-            raise SplitQError(
-                f"calibration: expected a sample for each of {self.processes.size} processes, got {len(encoded)}; "
-                "raise --calib-samples or start fewer processes"
-            )
         blocks = self.loaded.block_count if stop_after is None else min(stop_after, self.loaded.block_count)
         waiting = self._waiting_extras(all_blocks=blocks == self.loaded.block_count)
         if finished >= blocks and not waiting:
@@ -104,6 +99,7 @@ class Calibration:
         pad = self.loaded.tokenizer.pad_token_id
         size = self.config.learning.batch if self.config.learning.epochs else STATS_BATCH
         batches = padded_batches(encoded, size, 0 if pad is None else pad, self.processes)
+        self._check_shares(batches, size)
         samples = len(encoded)
         inputs = self._first_inputs(batches, samples, with_vision="vision" in waiting)
         if finished >= blocks and "lm_head" not in waiting:
@@ -127,6 +123,16 @@ class Calibration:
                 stats = head_stats(self.loaded, inputs, samples, self.processes)
                 self._calibrate_extra("lm_head", {stats.name: stats})
         self.store.clear()
+
+    def _check_shares(self, batches: Sequence[PaddedBatch], size: int) -> None:
+        """Every process must have samples: statistics come from all of them, and each batch is dealt out in turn."""
+        shares = self.processes.gather(sum(batch.samples.numel() for batch in batches))
+        if 0 in shares:
+            raise SplitQError(
+                f"calibration: expected samples for each of {len(shares)} processes, got none for {shares.count(0)} "
+                f"with {sum(shares)} samples in batches of {size}; start fewer processes, or raise --calib-samples or "
+                "learning.batch"
+            )
 
     def _waiting_extras(self, *, all_blocks: bool) -> list[str]:
         """Sites beside the blocks that are still to do, the same in all processes."""

@@ -169,6 +169,28 @@ def test_calibration_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert not any(run.store._in_memory)
 
 
+class Group(Processes):
+    """One of eight processes, told what the others say."""
+
+    def __init__(self, rank: int, said: list[int] | None = None) -> None:
+        super().__init__(alone=True)
+        self.rank, self.size, self.said = rank, 8, said
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] if self.said is None else self.said
+
+
+def test_more_processes_than_samples_of_a_batch_are_an_error(tmp_path: Path) -> None:
+    # However many samples there are: the last four of eight processes have none of any batch of four.
+    dealt = [runner.padded_batches(chat_batches(12), 4, 0, Group(rank)) for rank in range(8)]
+    shares = [sum(batch.samples.numel() for batch in batches) for batches in dealt]
+    assert shares == [3] * 4 + [0] * 4
+    run = calibration(tmp_path)
+    run.processes = Group(0, shares)
+    with pytest.raises(SplitQError, match=r"expected samples for each of 8 processes, got none for 4 with 12 samples"):
+        run.run(chat_batches(12), finished=run.state.start(resume=False))
+
+
 def test_calibration_without_a_sample_is_an_error(tmp_path: Path) -> None:
     run = calibration(tmp_path)
     with pytest.raises(SplitQError, match="expected at least one sample, got none"):
