@@ -104,7 +104,7 @@ def _read_folder(folder: Path) -> list[CalibrationSample]:
         raise SplitQError(f"calibration data {folder}: expected one .jsonl file of chats, got {len(files)}")
     samples = []
     try:
-        text = files[0].read_text(encoding="utf-8")
+        text = files[0].read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except (OSError, UnicodeDecodeError) as error:
         raise SplitQError(f"calibration data {files[0]}: expected a readable UTF-8 file ({error}); mend it") from error
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a text may hold U+2028

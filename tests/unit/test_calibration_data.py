@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from builders import IMAGE_TOKENS, tiny_loaded, write_image
+from builders import IMAGE_TOKENS, tiny_loaded, write_chats, write_image
 
-from splitq_edge.calibration.data import CalibrationSample, encode_sample
+from splitq_edge.calibration.data import CalibrationSample, encode_sample, load_samples
 
 
 def test_answer_is_the_last_assistant_turn_and_nothing_before_it(tmp_path: Path) -> None:
@@ -22,3 +22,20 @@ def test_answer_is_the_last_assistant_turn_and_nothing_before_it(tmp_path: Path)
     assert encoded["answer"][0].nonzero()[-1] == len(ids) - 1
     assert int((ids == loaded.image_token_id).sum()) == IMAGE_TOKENS
     assert encoded["pixel_values"].shape[0] == 1
+
+
+def test_file_of_a_windows_editor_is_read(tmp_path: Path) -> None:
+    folder = write_chats(tmp_path / "chats", 2)
+    plain = load_samples(str(folder), 2, seed=0)
+    content = (folder / "chats.jsonl").read_bytes()
+    (folder / "chats.jsonl").write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    assert load_samples(str(folder), 2, seed=0) == plain
+
+
+def test_draw_of_samples_repeats_with_its_seed_and_takes_none_twice(tmp_path: Path) -> None:
+    folder = write_chats(tmp_path / "chats", 8)
+    drawn = [sample.origin for sample in load_samples(str(folder), 5, seed=3)]
+    assert drawn == [sample.origin for sample in load_samples(str(folder), 5, seed=3)]
+    assert len(set(drawn)) == 5
+    assert drawn != [sample.origin for sample in load_samples(str(folder), 5, seed=4)]
+    assert len(load_samples(str(folder), 20, seed=3)) == 8
