@@ -116,6 +116,17 @@ def _message(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that reads a checkpoint itself."""
+    options = (
+        click.option("--adapter", type=PATH, help="Folder of a LoRA adapter (peft) to merge into MODEL's weights."),
+        click.option("--trust-remote-code", is_flag=True, help="Let transformers run code that comes with MODEL."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("model")
 @click.argument("out", type=PATH)
@@ -195,8 +206,7 @@ def _message(error: Exception) -> str:
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the samples and their order.")
 @click.option("--revision", help="Hub revision of MODEL.")
-@click.option("--adapter", type=PATH, help="Folder of a LoRA adapter (peft) to merge into MODEL's weights.")
-@click.option("--trust-remote-code", is_flag=True, help="Let transformers run code that comes with MODEL.")
+@_checkpoint_options
 @click.option("--force", is_flag=True, help="Replace OUT if it holds an earlier export.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same options.")
 @click.option("--state", type=PATH, help="Folder of the finished blocks; default: OUT.calibration, deleted at the end.")
@@ -215,7 +225,6 @@ def export(out: Path, **options: Any) -> None:
     """Calibrate and quantize MODEL (folder or hub id), write ONNX graphs to the folder OUT and verify them.
 
     MODEL may be the folder of a LoRA adapter: it is merged into the base that adapter_config.json names.
-    MODEL is a LLaVA 1.5, SmolVLM or Idefics3; other families can be calibrated as far as --stop-after goes.
     """
     from splitq_edge.commands.console import make_console
     from splitq_edge.commands.export import ExportOptions, run_export
@@ -311,6 +320,7 @@ def bench(**options: Any) -> None:
 )
 @click.option("--save-answers", type=PATH, help="Write every question with its answer to this file (JSON lines).")
 @click.option("--answers", type=PATH, help="File of --save-answers: also report how many answers are the same.")
+@_checkpoint_options
 @_reports_errors
 def evaluate(**options: Any) -> None:
     """Accuracy and NLL of MODEL (checkpoint with --backend torch, else an exported folder) on held-out questions."""
@@ -428,6 +438,7 @@ def ablate(scheme: str, tables: tuple[str, ...], epochs: int | None, transform: 
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the samples.")
 @click.option("--json", "json", type=PATH, help="Write every site's numbers to this file.")
 @click.option("--plot", type=PATH, help="Draw the channels of three blocks into this file; needs matplotlib.")
+@_checkpoint_options
 @_reports_errors
 def outliers(**options: Any) -> None:
     """Show where text and image tokens of MODEL have their largest channels: whether splitting them will pay."""

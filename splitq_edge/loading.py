@@ -41,6 +41,7 @@ class LoadedModel:
         weights: reads the weights of a lazily loaded model; None when `model` holds them.
         device: where `model`, or what is read of it, lives.
         base: the checkpoint that an adapter was merged into, else `source`.
+        lora: folder of that adapter, None for none.
     """
 
     source: str
@@ -51,6 +52,7 @@ class LoadedModel:
     weights: CheckpointWeights | None = None
     device: torch.device = CPU
     base: str = ""
+    lora: Path | None = None
 
     @property
     def image_token_id(self) -> int | None:
@@ -249,7 +251,8 @@ def load_model(
             lora.merge_into(_parameters(model))
         model.to(device)
         weights = None
-    return LoadedModel(given, model.eval(), processor, family, ModalityContext(), weights, device, source)
+    merged = None if adapter is None else Path(adapter)
+    return LoadedModel(given, model.eval(), processor, family, ModalityContext(), weights, device, source, merged)
 
 
 def check_model(source: str) -> None:

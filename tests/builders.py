@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
+from safetensors.torch import save_file
 from torch import nn
 
 from splitq_edge.adapters.registry import adapter_for
@@ -175,7 +176,7 @@ def run_site(
     return session.run(None, {value.name: known[value.name] for value in session.get_inputs()})[0]
 
 
-def tiny_llava_config() -> Any:
+def tiny_llava_config(*, tied: bool = False) -> Any:
     """Configuration of a LLaVA of 0.4 million parameters: every width small, no two alike by chance."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -199,10 +200,10 @@ def tiny_llava_config() -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN_ID, tie_word_embeddings=False
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN_ID, tie_word_embeddings=tied
     )
 
 
@@ -317,4 +318,19 @@ def write_checkpoint(folder: Path) -> Path:
     """The tiny LLaVA as a Hugging Face folder."""
     tiny_llava().save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def lora_adapter(folder: Path, *, base: str) -> Path:
+    """A LoRA adapter of the tiny LLaVA's query and up projections, in both blocks."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tensors, generator = {}, rng(2)
+    for layer in range(2):
+        for name, rows in (("self_attn.q_proj", 96), ("mlp.up_proj", 160)):
+            module = f"base_model.model.model.language_model.layers.{layer}.{name}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(4, 96, generator=generator) * 0.2
+            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder

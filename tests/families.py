@@ -26,7 +26,7 @@ from torch import nn
 from splitq_edge.adapters.registry import adapter_for
 
 QWEN_VIDEO_TOKEN_ID = VOCABULARY - 1
-QWEN_VISION_START_ID = VOCABULARY - 2
+QWEN_VISION_START_ID = VOCABULARY - 12  # the first free one
 QWEN_PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 TILE_SIZE = 32
 TILE_TOKENS = 4  # image tokens a tile: (32 / 8) ** 2 / 2 ** 2
@@ -381,8 +381,11 @@ def save_paligemma_processor(_model_type: str, folder: Path) -> None:
 
 
 def save_qwen_processor(model_type: str, folder: Path) -> None:
-    """Files of a Qwen-VL's processor."""
-    tiny_tokenizer().save_pretrained(folder)
+    """Files of a Qwen-VL's processor; the chat template marks pictures as the family's own does."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<vision_start>"], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids("<vision_start>") == QWEN_VISION_START_ID
+    tokenizer.save_pretrained(folder)
     settings = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": QWEN_PROCESSORS[model_type],
@@ -390,8 +393,7 @@ def save_qwen_processor(model_type: str, folder: Path) -> None:
         "max_pixels": 112 * 168,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    # As in the family's own template, something stands between the image tokens of two pictures.
-    template = CHAT_TEMPLATE.replace("<image>", "[<image>]")
+    template = CHAT_TEMPLATE.replace("<image>", "<vision_start><image>]")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
 
 

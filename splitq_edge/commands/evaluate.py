@@ -47,6 +47,8 @@ class EvalOptions:
     state: Path | None = None
     answers: Path | None = None
     save_answers: Path | None = None
+    adapter: Path | None = None
+    trust_remote_code: bool = False
 
 
 def run_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
@@ -130,13 +132,15 @@ def _open(options: EvalOptions) -> tuple[Backend, str, float]:
                 f"evaluation: backend torch: expected a checkpoint, {options.model} is an exported folder; "
                 "use --backend ort or ort-functions"
             )
-        loaded = load_model(options.model)
+        adapter = None if options.adapter is None else str(options.adapter)
+        loaded = load_model(options.model, adapter=adapter, trust_remote_code=options.trust_remote_code)
         if options.state is None:
             return TorchBackend(loaded), "none", 32.0
-        quantized = simulation(loaded, options.model, options.state)
+        quantized = simulation(loaded, options.state)
         return TorchBackend(loaded), quantized.config.scheme, effective_bits(quantized.sites)
-    if options.state is not None:
-        raise SplitQError(f"evaluation: --state: expected --backend torch, got {options.backend}; leave one out")
+    for name in ("state", "adapter"):
+        if getattr(options, name) is not None:
+            raise SplitQError(f"evaluation: --{name}: expected --backend torch, got {options.backend}; leave one out")
     target = Target.parse(options.backend) if options.backend in TARGET_NAMES else None
     native = options.backend == "ort"
     backend = OrtBackend(Path(options.model), native=native, threads=options.threads, target=target)
@@ -146,12 +150,11 @@ def _open(options: EvalOptions) -> tuple[Backend, str, float]:
     return backend, manifest["scheme"], manifest["effective_bits"]
 
 
-def simulation(loaded: LoadedModel, model: str, folder: Path) -> QuantizedModel:
+def simulation(loaded: LoadedModel, folder: Path) -> QuantizedModel:
     """Put the sites of a finished calibration into a model: what torch says that an export computes.
 
     Args:
         loaded: the float model, changed in place.
-        model: where it was loaded from.
         folder: state folder that `export --keep-state` left.
 
     Raises:
@@ -163,8 +166,9 @@ def simulation(loaded: LoadedModel, model: str, folder: Path) -> QuantizedModel:
             f"calibration state {folder}: expected {loaded.block_count} finished blocks, got {state.finished()}; "
             "finish it with export --resume"
         )
-    if state.header["weights"] != weights_digest(Path(model)):
-        raise SplitQError(f"calibration state {folder}: expected that of {model}, got one of other weights")
+    if state.header["weights"] != weights_digest(loaded):
+        name = loaded.source if loaded.lora is None else f"{loaded.base} with the adapter {loaded.lora}"
+        raise SplitQError(f"calibration state {folder}: expected that of {name}, got one of other weights")
     return assemble(loaded, QuantConfig.from_dict(state.header["recipe"]), state)
 
 

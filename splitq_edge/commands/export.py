@@ -238,7 +238,7 @@ def _header(
         "model": Path(options.model).resolve().name,
         "revision": options.revision,
         "model_config": hashlib.sha256(repr(model_config).encode()).hexdigest(),
-        "weights": weights_digest(Path(loaded.base), *filter(None, [options.adapter, Path(options.model)])),
+        "weights": weights_digest(loaded),
         "recipe": _calibrated_part(config),
         "seed": options.seed,
         "samples": len(samples),
@@ -252,9 +252,10 @@ def _calibrated_part(config: QuantConfig) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if (name, value) != ("embedding", "none")}
 
 
-def weights_digest(*folders: Path) -> str:
-    """Of local weight files: names, sizes and times of change, because gigabytes take long to read."""
+def weights_digest(loaded: LoadedModel) -> str:
+    """Of a model's local weight files and its adapter's: names, sizes, times of change; gigabytes take long to read."""
     digest = hashlib.sha256()
+    folders = [Path(loaded.base), *filter(None, [loaded.lora])]
     files = {path.resolve() for folder in folders for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)}
     for path in sorted(files):
         stat = path.stat()

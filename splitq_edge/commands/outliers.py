@@ -34,6 +34,8 @@ class OutlierOptions:
         seed: of the samples.
         json: file for the numbers of every site, None for none.
         plot: image file, None for none.
+        adapter: folder of a LoRA adapter to merge, None for none.
+        trust_remote_code: let transformers run code that comes with the model.
     """
 
     model: str
@@ -43,6 +45,8 @@ class OutlierOptions:
     seed: int
     json: Path | None
     plot: Path | None
+    adapter: Path | None = None
+    trust_remote_code: bool = False
 
 
 def run_outliers(options: OutlierOptions, console: Console) -> list[SiteOutliers]:
@@ -58,14 +62,15 @@ def run_outliers(options: OutlierOptions, console: Console) -> list[SiteOutliers
     if options.plot is not None:
         _check_plot(options.plot)
     samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
-    loaded = load_model(options.model, lazy=True)
+    adapter = None if options.adapter is None else str(options.adapter)
+    loaded = load_model(options.model, lazy=True, adapter=adapter, trust_remote_code=options.trust_remote_code)
     encoded = [encode_sample(loaded.processor, sample, loaded.image_layout) for sample in samples]
     found = _observe(loaded, encoded, options.share, console)
     console.print(_table(options, found))
     if options.json is not None:
         write_json(options.json, as_json(found, options.share))
     if options.plot is not None:
-        title = f"{Path(options.model).resolve().name}: {len(samples)} samples of {options.calib}"
+        title = f"{(options.adapter or Path(options.model)).resolve().name}: {len(samples)} samples of {options.calib}"
         plot(found, options.share, title, options.plot)
     return found
 

@@ -1,7 +1,8 @@
-"""Tiny random models of families with pictures of any size: exported graphs and host loop against transformers."""
+"""A tiny random model of every family: exported graphs, our loop and onnxruntime-genai against transformers."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from builders import CLOSED_FORM, SPECIAL_TOKENS, calibration_state, write_chats
 from families import save_processor, tiny_model
 from PIL import Image
 
+from splitq_edge.adapters.registry import ADAPTERS
 from splitq_edge.calibration.data import encode_sample, load_samples
 from splitq_edge.config import preset
 from splitq_edge.convert import assemble
@@ -22,17 +24,20 @@ from splitq_edge.evaluate.backends import OrtBackend, TorchBackend, answer_all
 from splitq_edge.evaluate.tasks import Question
 from splitq_edge.exporters import export_folder
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
+from splitq_edge.exporters.layouts.registry import layout_named
 from splitq_edge.loading import LoadedModel, load_model
 from splitq_edge.runtime_ops import library_path
+from splitq_edge.runtime_ops.genai import PACKAGE, GenaiGenerator, why_not
 from splitq_edge.runtime_ops.generate import Generator, greedy_tokens
 from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.runtime_ops.verify import verify_files, verify_parity
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ("gemma3", "internvl", "llava_next", "llava_onevision", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+FAMILIES = sorted(name for name, adapter in ADAPTERS.items() if adapter.pixel_layout)
 WITH_PICTURE = ("paligemma",)  # their processors refuse a prompt without one
 WITH_NATIVE = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1" or library_path() is not None
+needs_genai = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="onnxruntime-genai is not installed")
 STEPS = 8
 SIZES = {"wide": (150, 60), "square": (90, 90), "tall": (40, 130)}
 
@@ -57,6 +62,7 @@ class Export:
     loaded: LoadedModel
     folder: Path
     engines: dict[str, ExportedModel]
+    genai: ExportedModel | None  # the same in its layout, where genai runs the family
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -105,22 +111,33 @@ def export(
         place = tmp_path_factory.mktemp("state")
         state = calibration_state(load_model(str(checkpoint), lazy=True), config, samples, place)
         quantized = assemble(loaded, config, state)
-    trace = export_folder.trace
+    trace, trace_decoder = export_folder.trace, export_folder.trace_decoder
 
     def traced_once(module: torch.nn.Module, inputs: dict[str, Any], **options: Any) -> Any:
         part = type(module).__name__
-        if part not in graphs or part == "Decoder":
+        if part not in graphs:
             graphs[part] = trace(module, inputs, **options)
         return graphs[part].clone()
 
+    def decoder_traced_once(*given: Any, **options: Any) -> Any:
+        if scheme not in graphs:
+            graphs[scheme] = trace_decoder(*given, **options)
+        return graphs[scheme].clone()
+
     sample = {name: value for name, value in samples[0].items() if name != "answer"}
+    layouts = ["flat", "genai"] if loaded.adapter.genai_type else ["flat"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_folder, "trace", traced_once)
-        write_export(loaded, quantized, ExportRequest("packed", sample, None, 0), folder)
-    engines = {"functions": ExportedModel(folder, native=False, threads=1)}
+        patch.setattr(export_folder, "trace_decoder", decoder_traced_once)
+        for layout in layouts:
+            (folder / layout).mkdir()
+            request_ = ExportRequest("packed", sample, None, 0, layout=layout)
+            write_export(loaded, quantized, request_, folder / layout)
+    engines = {"functions": ExportedModel(folder / "flat", native=False, threads=1)}
     if WITH_NATIVE:
-        engines["native"] = ExportedModel(folder, native=True, threads=1)
-    return Export(loaded.adapter.model_type, scheme, loaded, folder, engines)
+        engines["native"] = ExportedModel(folder / "flat", native=True, threads=1)
+    genai = ExportedModel(folder / "genai", threads=1) if "genai" in layouts else None
+    return Export(loaded.adapter.model_type, scheme, loaded, folder / "flat", engines, genai)
 
 
 def prompt(export: Export, name: str) -> dict[str, torch.Tensor]:
@@ -199,8 +216,7 @@ def test_logits_and_greedy_tokens_are_those_of_torch(export: Export, name: str) 
                 np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4, err_msg=engine)
             else:
                 assert sqnr(got, wanted) >= model.manifest["parts"]["decoder"]["parity_limit_db"], engine
-        if export.scheme == "none":
-            np.testing.assert_array_equal(greedy(model, inputs), tokens, err_msg=engine)
+        np.testing.assert_array_equal(greedy(model, inputs), tokens, err_msg=engine)
 
 
 def greedy(model: ExportedModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:
@@ -217,8 +233,26 @@ def greedy(model: ExportedModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:
     return np.stack(list(steps), 1)
 
 
+@needs_genai
+@pytest.mark.parametrize("name", ["two_sizes_in_a_prompt", "text_only"])
+def test_genai_says_what_our_loop_says(export: Export, name: str) -> None:
+    model = export.genai
+    if model is None:
+        with pytest.raises(SplitQError, match="expected a model type that onnxruntime-genai can run"):
+            layout_named("genai").check(export.loaded.adapter, None, flavour="packed", attention="fused")
+        return
+    assert why_not(model, native=None) is None
+    inputs = prompt(export, name)
+    given = {key: inputs[key].numpy() for key in ("input_ids", "attention_mask")}
+    given |= model.image_layout.pictures(inputs)
+    said = list(GenaiGenerator(model).tokens(given, max_new_tokens=STEPS + 1))
+    assert len(said) == STEPS + 1
+    assert said == greedy(model, inputs)[0].tolist()
+    assert said == greedy(export.engines["native" if WITH_NATIVE else "functions"], inputs)[0].tolist()
+
+
 def test_export_verifies_itself(export: Export) -> None:
-    for model in export.engines.values():
+    for model in [*export.engines.values(), *filter(None, [export.genai])]:
         verify_files(model)
         assert [row for row in verify_parity(model) if not row.ok] == []
         assert model.manifest["model_type"] == export.family

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import rng, write_chats, write_checkpoint
+from builders import lora_adapter, rng, write_chats, write_checkpoint
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -47,21 +47,6 @@ def perturbed(base: Path, folder: Path) -> Path:
     return folder
 
 
-def adapter(base: Path, folder: Path) -> Path:
-    """A LoRA adapter of the query and up projections of both blocks."""
-    folder.mkdir()
-    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 4, "lora_alpha": 8}
-    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    tensors, generator = {}, rng(2)
-    for layer in range(2):
-        for name, rows in (("self_attn.q_proj", 96), ("mlp.up_proj", 160)):
-            module = f"base_model.model.model.language_model.layers.{layer}.{name}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(4, 96, generator=generator) * 0.2
-            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     place = tmp_path_factory.mktemp("fine-tunes")
@@ -69,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     checkpoints = {
         "base": base,
         "perturbed": perturbed(base, place / "a name of its own"),
-        "adapter": adapter(base, place / "adapter"),
+        "adapter": lora_adapter(place / "adapter", base=str(base)),
     }
     chats = str(write_chats(place / "chats"))
     exports = {}

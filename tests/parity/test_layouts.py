@@ -25,9 +25,8 @@ from builders import (
     tiny_processor,
     write_chats,
 )
-from families import QWEN_VISION_START_ID, TILE_MARKS, save_checkpoint, save_processor, tiny_model
+from families import TILE_MARKS, save_processor, tiny_model
 
-from splitq_edge.adapters.registry import ADAPTERS
 from splitq_edge.calibration.data import encode_sample, load_samples
 from splitq_edge.cli import LAYOUT_NAMES
 from splitq_edge.config import QuantConfig, preset
@@ -102,9 +101,17 @@ def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             graphs[part] = trace(module, inputs, **options)
         return graphs[part].clone()
 
+    trace_decoder = export_folder.trace_decoder
+
+    def decoder_traced_once(loaded: Any, cache: Any, attention: str, **options: Any) -> Any:
+        if attention not in graphs:
+            graphs[attention] = trace_decoder(loaded, cache, attention, **options)
+        return graphs[attention].clone()
+
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_folder, "trace", traced_once)
+        patch.setattr(export_folder, "trace_decoder", decoder_traced_once)
         patch.setattr(onnx_community, "trace", traced_once)
         for layout in LAYOUT_NAMES:
             loaded = load_model(checkpoint, lazy=True)
@@ -247,48 +254,6 @@ def test_onnxruntime_genai_alone_opens_the_folder_with_and_without_the_library(
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == expected
-
-
-FAMILIES = sorted(name for name, adapter in ADAPTERS.items() if adapter.genai_type and name not in ("llava", "smolvlm"))
-
-
-@needs_genai
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_genai_says_what_our_loop_says_in_every_family_that_it_runs(model_type: str, tmp_path: Path) -> None:
-    loaded = load_model(str(save_checkpoint(model_type, tmp_path / "checkpoint")))
-    chat = load_samples(str(write_chats(tmp_path / "chats")), 1, seed=0)[0]
-    sample = encode_sample(loaded.processor, chat, loaded.image_layout)
-    sample.pop("answer", None)
-    folder = tmp_path / "export"
-    folder.mkdir()
-    write_export(loaded, None, ExportRequest("portable", sample, None, 0, layout="genai"), folder)
-    model = ExportedModel(folder, threads=1)
-    generator = GenaiGenerator(model)
-    for text, images in PROMPTS:
-        inputs = inputs_of(model, text, images)
-        if model.image_layout.mrope:
-            inputs = marked(model, inputs)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        positions = model.positions(ids, mask, inputs)
-        features = model.encode_images(inputs)
-        steps = greedy_tokens(model, ids, mask, features, max_new_tokens=NEW_TOKENS, positions=positions)
-        expected = [int(step[0]) for step in steps]
-        assert list(generator.tokens(inputs, max_new_tokens=NEW_TOKENS)) == expected, images
-
-
-def marked(model: ExportedModel, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The mark before every picture by which genai finds them; the tests' chat template writes none."""
-    sizes = iter(model.image_layout.rows(inputs) if "pixel_values" in inputs else [])
-    ids: list[int] = []
-    left = 0
-    for token in inputs["input_ids"][0].tolist():
-        if token == model.manifest["image_token_id"]:
-            if left == 0:
-                left = next(sizes)
-                ids.append(QWEN_VISION_START_ID)
-            left -= 1
-        ids.append(token)
-    return {**inputs, "input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
 
 
 def without_library(folder: Path, target: Path) -> Path:

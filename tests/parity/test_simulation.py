@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from builders import lora_adapter, write_chats, write_checkpoint
 from click.testing import CliRunner, Result
 
 from splitq_edge.cli import main
@@ -52,6 +54,25 @@ def test_other_weights_are_refused(work: Path) -> None:
     assert "got one of other weights" in result.output
 
 
+def test_a_calibration_of_an_adapter_is_simulated_with_it_alone(tmp_path: Path) -> None:
+    base, state = str(write_checkpoint(tmp_path / "base")), str(tmp_path / "state")
+    adapter = str(lora_adapter(tmp_path / "adapter", base="../base"))
+    calibration = ["--calib", str(write_chats(tmp_path / "chats")), "--calib-samples", "2", "--state", state]
+    for folder, joined in (("one", [adapter]), ("other", [base, "--adapter", adapter])):
+        model, *option = joined
+        out = str(tmp_path / folder)
+        done = run("export", model, out, *option, "--method", "rtn", *calibration, "--keep-state", "--force")
+        assert done.exit_code == 0, done.output
+        for asked in ([adapter], [base, "--adapter", adapter]):
+            result = run("eval", *asked, "--backend", "torch", "--state", state, "--limit", "2")
+            assert result.exit_code == 0, result.output
+            assert "W4A8" in result.output
+        result = run("eval", base, "--backend", "torch", "--state", state, "--limit", "2")
+        assert result.exit_code != 0
+        assert "got one of other weights" in result.output
+        shutil.rmtree(state)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [(["--state", "nowhere"], "found none"), (["--answers", "nowhere"], "expected a file of --save-answers")],
@@ -63,7 +84,8 @@ def test_what_is_not_there_is_one_line(more: list[str], message: str) -> None:
     assert len(result.output.strip().splitlines()) == 1
 
 
-def test_state_is_for_the_simulation_alone(work: Path) -> None:
-    result = run("eval", str(work / "out"), "--state", str(work / "state"))
+@pytest.mark.parametrize("option", ["--state", "--adapter"])
+def test_state_and_adapter_are_for_checkpoints_alone(work: Path, option: str) -> None:
+    result = run("eval", str(work / "out"), option, str(work / "state"))
     assert result.exit_code != 0
     assert "expected --backend torch" in result.output

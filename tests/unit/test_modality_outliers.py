@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import lora_adapter, write_chats, write_checkpoint
 from click.testing import CliRunner
 
 from splitq_edge.calibration.observer import SiteStats
@@ -77,3 +78,20 @@ def test_command_refuses_a_picture_of_unknown_form(tmp_path: Path) -> None:
     assert result.exit_code != 0
     assert "expected a name that ends in" in result.output
     assert len(result.output.splitlines()) == 1
+
+
+def test_an_adapter_moves_the_channels(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base")
+    adapter = lora_adapter(tmp_path / "adapter", base=str(base))
+    chats = ["--calib", str(write_chats(tmp_path / "chats")), "--calib-samples", "2"]
+    found = {}
+    for name, asked in (
+        ("base", [str(base)]),
+        ("joined", [str(base), "--adapter", str(adapter)]),
+        ("alone", [str(adapter)]),
+    ):
+        file = tmp_path / f"{name}.json"
+        result = CliRunner().invoke(main, ["outliers", *asked, *chats, "--json", str(file)])
+        assert result.exit_code == 0, result.output
+        found[name] = json.loads(file.read_text())
+    assert found["joined"] == found["alone"] != found["base"]
