@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from splitq_edge.artifacts import write_bytes
 from splitq_edge.commands.table import Measurement, TableOptions, method_rows, run_table
 from splitq_edge.config import preset
 from splitq_edge.evaluate.results import Results, Row
@@ -52,13 +53,17 @@ def off(expected: Row, measured: Row) -> bool:
 @click.option("--record", is_flag=True, help="Write smoke.json.")
 def main(model: str, work: Path, record: bool) -> None:
     """Measure and compare."""
+    if not record and not RECORD.is_file():
+        raise click.ClickException(f"{RECORD}: expected what to compare with, found none; make it with --record")
     console = Console()
     work.mkdir(parents=True, exist_ok=True)
-    measured_path = RECORD if record else work / "results.json"
+    measured_path = work / "results.json"
     measured_path.unlink(missing_ok=True)
     options = TableOptions(model, measured_path, TASKS, work, limit=QUESTIONS, calib_samples=SAMPLES)
     if run_table(options, rows(), Console(quiet=True)):
         raise click.ClickException("rows could not be measured; `splitq-edge table` tells why")
+    if record:
+        write_bytes(RECORD, measured_path.read_bytes())
     name = Path(model).resolve().name
     measured = Results(measured_path, name)
     expected = Results(RECORD, name)

@@ -1,0 +1,69 @@
+"""The smoke of smolvqa-135m's accuracy: what is recorded, compared and kept. Measuring is faked."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner, Result
+
+from splitq_edge.evaluate.results import Results, Row
+
+SCRIPT = Path(__file__).resolve().parents[2] / "models" / "smolvqa-135m" / "smoke.py"
+
+
+@pytest.fixture
+def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, its record in a folder of the test."""
+    spec = importlib.util.spec_from_file_location("accuracy_smoke", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "accuracy_smoke", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RECORD", tmp_path / "smoke.json")
+    return module
+
+
+@pytest.fixture
+def measure(smoke: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs the script on a model of the given NLL; None for one that cannot be measured."""
+
+    def run(nll: float | None, *more: str) -> Result:
+        def table(options: object, _rows: object, _console: object) -> int:
+            if nll is None:
+                return 1
+            row = Row("rtn", "W4A8", "ort-native", "ocr", 25, 0.92, 0.05, nll, 4.0, 1.0)
+            Results(options.results, "tiny").put(row)  # type: ignore[attr-defined]
+            return 0
+
+        monkeypatch.setattr(smoke, "run_table", table)
+        return CliRunner().invoke(smoke.main, ["models/tiny", "--work", str(tmp_path / "work"), *more])
+
+    return run
+
+
+def test_recorded_numbers_hold_until_they_move(measure: Callable[..., Result]) -> None:
+    assert measure(0.5, "--record").exit_code == 0
+    assert measure(0.53).exit_code == 0
+    moved = measure(0.6)
+    assert moved.exit_code == 1
+    assert "accuracy moved" in moved.output
+
+
+def test_without_a_record_there_is_nothing_to_compare_with(measure: Callable[..., Result], tmp_path: Path) -> None:
+    result = measure(0.5)
+    assert result.exit_code == 1
+    assert "smoke.json: expected what to compare with, found none; make it with --record" in result.output
+    assert not (tmp_path / "work").exists()
+
+
+def test_record_that_fails_keeps_the_earlier_one(measure: Callable[..., Result], smoke: ModuleType) -> None:
+    measure(0.5, "--record")
+    before = smoke.RECORD.read_bytes()
+    assert measure(None, "--record").exit_code == 1
+    assert smoke.RECORD.read_bytes() == before
