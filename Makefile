@@ -11,7 +11,7 @@ TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 SMOLVQA := build/models/smolvqa-135m
 SMOLVQA_TABLE := --task all --limit 500 --epochs 4 --results models/smolvqa-135m/results.json --work build/table-smolvqa
 
-.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke test test-fast test-transformers test-wheel test-qnn test-qnn-accuracy test-web test-arm64 test-arm64-model test-js test-asan bench-kernels bench-model lint format docs-screenshot clean
+.PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke same-tokens test test-fast test-transformers test-wheel test-qnn test-qnn-accuracy test-web test-arm64 test-arm64-model test-js test-asan bench-kernels bench-model lint format docs-screenshot clean
 
 demo: $(STAMP)
 	$(BIN)/python models/easyvqa-tiny/demo.py --work build/demo
@@ -111,6 +111,10 @@ test-js: $(DEV_STAMP)
 # The kernel tests and two sessions used by four threads, under the address, undefined-behaviour and thread sanitizers.
 test-asan: $(STAMP)
 	bash tests/cpp/sanitize.sh build/sanitize $(BIN)/python
+
+# Fifty held-out questions to the reference model at W4A8, its decoder fused and in standard ops: all tokens must be equal.
+same-tokens: $(SMOLVQA)/config.json
+	$(BIN)/python models/smolvqa-135m/same_tokens.py $(SMOLVQA)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check $(PY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -18,12 +19,13 @@ from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.passes.fuse_attention import fuse_attention
 from splitq_edge.exporters.passes.fuse_norm import fuse_norms
 from splitq_edge.exporters.passes.fuse_swiglu import fuse_swiglu
+from splitq_edge.exporters.passes.half_cache import halve_cache
 from splitq_edge.exporters.passes.pack_attention import pack_attention
 from splitq_edge.exporters.passes.trim_logits import trim_logits
 from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modules.split_linear import SplitLinear
-from splitq_edge.quant.kv_cache import cache_tensors
+from splitq_edge.quant.kv_cache import HALF_BITS, cache_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ def trace_decoder(
     Raises:
         SplitQError: a size that should be dynamic came out fixed.
     """
+    half = cache.bits == HALF_BITS
+    cache = replace(cache, bits=0) if half else cache
     generator = torch.Generator().manual_seed(0)
     batch, sequence, past = 2, 3, 5  # 0 and 1 would be taken as constants
     positions = torch.arange(past, past + sequence).expand(batch, sequence).contiguous()
@@ -82,6 +86,8 @@ def trace_decoder(
     trim_logits(model)
     if attention == "fused":
         _fuse(model, max_positions=int(loaded.text_config.max_position_embeddings))
+    if half:
+        halve_cache(model)
     RemoveUnusedNodesPass()(model)
     return model
 

@@ -20,7 +20,7 @@ from splitq_edge.exporters.attention_masks import (
 from splitq_edge.exporters.patch_encoder import PatchEncoder
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext, modality_of
-from splitq_edge.quant.kv_cache import cache_tensors, dequantize_cache, head_dimension, quantize_cache
+from splitq_edge.quant.kv_cache import HALF_BITS, cache_tensors, dequantize_cache, head_dimension, quantize_cache
 
 
 def vision_encoder(loaded: LoadedModel) -> nn.Module:
@@ -190,7 +190,8 @@ class Decoder(nn.Module):
     added behind the first, the second, ... block.
 
     With `kv_cache_bits` the past comes and goes as integers and scales (`quantize_cache`). A token is quantized once,
-    when it enters the cache; the tokens of the running call see each other in float32.
+    when it enters the cache; the tokens of the running call see each other in float32. With 16 bits it is rounded to
+    float16.
     """
 
     def __init__(self, loaded: LoadedModel, *, with_modality: bool, kv_cache_bits: int = 0) -> None:
@@ -271,6 +272,8 @@ class Decoder(nn.Module):
         """Past key and value of a layer, [batch, kv_heads, past, head_dim] float32."""
         if not self.kv_cache_bits:
             return layer[0], layer[1]
+        if self.kv_cache_bits == HALF_BITS:
+            return layer[0].float(), layer[1].float()
         key, key_scale, value, value_scale = layer
         bits = self.kv_cache_bits
         return dequantize_cache(key, key_scale, bits), dequantize_cache(value, value_scale, bits)
@@ -281,6 +284,8 @@ class Decoder(nn.Module):
         """The layer's grown cache: the past as it came, only the new tokens quantized."""
         if not self.kv_cache_bits:
             return keys, values
+        if self.kv_cache_bits == HALF_BITS:
+            return keys.half(), values.half()
         grown: list[torch.Tensor] = []
         for codes, scale, states in ((*past[:2], keys), (*past[2:], values)):
             new = states[:, :, codes.shape[2] :]  # [batch, kv_heads, sequence, head_dim]
@@ -297,7 +302,7 @@ class CacheShape:
         layers: decoder layers.
         heads: key-value heads.
         head_dim: channels a head.
-        bits: 0 for float32, 8 or 4 for integers.
+        bits: 0 for float32, 16 for float16, 8 or 4 for integers.
     """
 
     layers: int
@@ -313,7 +318,7 @@ class CacheShape:
     @property
     def dtype(self) -> str:
         """Type of the stored keys and values."""
-        return {0: "float32", 8: "int8", 4: "uint8"}[self.bits]
+        return {0: "float32", HALF_BITS: "float16", 8: "int8", 4: "uint8"}[self.bits]
 
     def names(self, prefix: str) -> list[str]:
         """Names of the cache tensors: `<prefix>.<layer>.key`, ..., see `cache_tensors`."""
@@ -325,7 +330,9 @@ class CacheShape:
         layers: list[tuple[torch.Tensor, ...]] = []
         for _ in range(self.layers):
             layer = [torch.randn(shape, generator=generator) for _ in range(2)]
-            if self.bits:
+            if self.bits == HALF_BITS:
+                layer = [states.half() for states in layer]
+            elif self.bits:
                 layer = [part for states in layer for part in quantize_cache(states, self.bits)]
             layers.append(tuple(layer))
         return layers

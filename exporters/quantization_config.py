@@ -36,7 +36,9 @@ def quantization_config(quantized: QuantizedModel) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": named["ignore"],
-        "kv_cache_scheme": _values(config.kv_cache_bits, "token", dynamic=True) if config.kv_cache_bits else None,
+        "kv_cache_scheme": _values(config.kv_cache_bits, "token", dynamic=True)
+        if config.kv_cache_bits in (8, 4)
+        else None,
     }
 
 

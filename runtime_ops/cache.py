@@ -54,8 +54,8 @@ class ReturnedCache:
     """A cache that the graph returns anew.
 
     Attributes:
-        values: by decoder input name, [batch, kv_heads, past, channels]: keys and values in float32, or as int8 codes
-            (uint8: two 4-bit codes a byte) with one float32 scale a token and head beside each.
+        values: by decoder input name, [batch, kv_heads, past, channels]: keys and values in float32 or float16, or as
+            int8 codes (uint8: two 4-bit codes a byte) with one float32 scale a token and head beside each.
         shift: see `Cache`.
     """
 
@@ -111,7 +111,7 @@ class BufferCache:
 
 @dataclass
 class _Buffers:
-    """Keys and values by decoder input name, [batch, kv_heads, room, head_dim] float32; the first `filled` are used."""
+    """Keys and values by decoder input name, [batch, kv_heads, room, head_dim] floats; the first `filled` are used."""
 
     values: dict[str, np.ndarray]
     filled: int = 0

@@ -197,7 +197,8 @@ class ExportedModel:
         shape = self.manifest["cache"]
         channels = shape["head_dim"] // 2 if shape.get("bits") == 4 else shape["head_dim"]
         empty = {"": ((batch, shape["heads"], 0, channels), shape["dtype"])}
-        if shape["dtype"] != "float32":
+        floats = shape["dtype"] in ("float32", "float16")
+        if not floats:
             empty["_scale"] = ((batch, shape["heads"], 0, 1), "float32")
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             f"past_key_values.{layer}.{kind}{suffix}": tensor
@@ -205,7 +206,7 @@ class ExportedModel:
             for kind in ("key", "value")
             for suffix, tensor in empty.items()
         }
-        in_place = self.manifest.get("attention") == "fused" and shape["dtype"] == "float32"
+        in_place = self.manifest.get("attention") == "fused" and floats
         return empty_buffers(shapes, room) if in_place else empty_returned(shapes)
 
     def decode(

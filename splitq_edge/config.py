@@ -19,7 +19,7 @@ SCALES = ("none", "smoothquant", "awq", "mbq")
 VISION_SCHEMES = ("none", "W8A8", "W4A8", "W4A4")
 LM_HEAD_SCHEMES = ("none", "W8A8", "W4A8")
 EMBEDDINGS = ("none", "W8", "W4")
-KV_CACHE_BITS = (0, 8, 4)
+KV_CACHE_BITS = (0, 16, 8, 4)
 
 # What YAML may give for a field's declared type; a bool is no number here.
 PLAIN_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -168,7 +168,8 @@ class QuantConfig:
         lm_head: scheme of the output projection, likewise.
         embedding: "none" for float32, or bits of the token embedding, "W8" or "W4", see
             `splitq_edge.modules.quantized_embedding`.
-        kv_cache_bits: bits of the key-value cache, 0 for float32, see `splitq_edge.quant.kv_cache`.
+        kv_cache_bits: bits of the key-value cache, 0 for float32, 16 for float16, else integers, see
+            `splitq_edge.quant.kv_cache`.
     """
 
     scheme: str

@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,16 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
     Returns:
         `load_s` (all parts needed), `image_s` (from the pictures of a prompt to their features), `prompt_tokens` (the
         pictures' included), `first_token_s` (from the features to the first token), `prefill_tps` and `decode_tps` in
-        tokens a second, `peak_rss_mb` of the process.
+        tokens a second, `peak_rss_mb` of the process, `file_mb` of the graphs used with their data, `cache_mb` of keys
+        and values.
 
     Raises:
         SplitQError: the folder is not usable.
     """
     begin = time.perf_counter()
     model = ExportedModel(options.out, native=options.native, threads=options.threads)
-    for part in PARTS if options.images else PARTS[1:]:
+    parts = PARTS if options.images else PARTS[1:]
+    for part in parts:
         model.session(part)
     load = time.perf_counter() - begin
     rounds = [_round(model, options) for _ in range(options.rounds + 1)][1:]  # the first one warms up
@@ -69,6 +72,8 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
         "prefill_tps": round(rounds[0].tokens / first, 1),
         "decode_tps": round(1 / step, 2),
         "peak_rss_mb": round(_peak_bytes() / 2**20),
+        "file_mb": round(_file_bytes(model, parts) / 2**20, 1),
+        "cache_mb": round(_cache_bytes(model, rounds[0].tokens + options.new_tokens) / 2**20, 1),
     }
     if options.json is not None:
         write_bytes(options.json, (json.dumps(result) + "\n").encode())
@@ -125,6 +130,19 @@ def _ordinary_tokens(model: ExportedModel) -> int:
     return min(first, 200)
 
 
+def _file_bytes(model: ExportedModel, parts: Sequence[str]) -> int:
+    """Graphs and the files of their large tensors, each once."""
+    graphs = [model.manifest["parts"][part]["file"] for part in parts]
+    sizes = {name: entry["bytes"] for name, entry in model.manifest["files"].items()}
+    return sum(size for name, size in sizes.items() if any(name.startswith(graph) for graph in graphs))
+
+
+def _cache_bytes(model: ExportedModel, tokens: int) -> int:
+    shape = model.manifest["cache"]
+    scale = 4 if shape["bits"] < 16 else 0  # a token and head
+    return 2 * shape["layers"] * shape["heads"] * tokens * (shape["head_dim"] * shape["bits"] // 8 + scale)
+
+
 def _peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -145,4 +163,5 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         f"({result['prefill_tps']:.0f} tokens/s)",
         f"decoding        {result['decode_tps']:8.1f} tokens/s",
         f"peak memory     {result['peak_rss_mb']:8d} MB",
+        f"files, cache    {result['file_mb']:8.0f} MB, {result['cache_mb']:.0f} MB",
     ]

@@ -8,6 +8,7 @@ import torch
 
 from splitq_edge.quant.affine import quantize_rows
 
+HALF_BITS = 16  # of a cache in float16
 NIBBLE_OFFSET = 8  # a stored 4-bit code is code + 8, 0 to 15
 
 
@@ -20,9 +21,9 @@ def cache_tensors(bits: int) -> tuple[str, ...]:
     """What is kept of a layer, in order: the ends of the graph's input and output names.
 
     Args:
-        bits: 0 (float32), 8 or 4.
+        bits: 0 (float32), 16 (float16), 8 or 4.
     """
-    return ("key", "key_scale", "value", "value_scale") if bits else ("key", "value")
+    return ("key", "value") if bits in (0, HALF_BITS) else ("key", "key_scale", "value", "value_scale")
 
 
 def quantize_cache(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

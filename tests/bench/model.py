@@ -1,17 +1,19 @@
 """Time whole decoders, ours beside ONNX Runtime's, onnxruntime-genai's and llama.cpp's, in one interleaved run.
 
-    make bench-model BENCH="--shapes 135M --threads 1"
+    make bench-model BENCH="--shapes 135M,1.5B --schemes 'W4A8; W4A8 plain; W3A3'"
 
 Every engine holds its model in a process of its own (model_engines.py). Every round asks each of them in turn for a
 prompt and the steps behind it; a value is the median over the rounds. All models have random weights: time does not
 depend on them. Embedding the tokens is left out of our times; it is a row to copy. "MatMulNBits" is our graph with ONNX
 Runtime's 4-bit layers in blocks of 128 at accuracy level 4 and an 8-bit head like ours; "genai int4" what the model
 builder makes by itself, 4-bit blocks of 32 with the head among them. llama.cpp stores a tied head in 6 or 8 bits.
+Behind the rows it prints their ratios (model_goals.py).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from model_goals import goal_table
 from model_graphs import folder_of, write_decoders
-from model_peers import GGUF_TYPES, write_checkpoint, write_genai, write_gguf
+from model_peers import GGUF_TYPES, write_genai, write_gguf
 from rich.console import Console
 from rich.table import Table
 
@@ -44,6 +47,7 @@ class Contender:
         process: while it runs.
         load_s: seconds to load.
         peak_rss_mb: of its process.
+        longest: tokens of the longest prompt with its steps.
     """
 
     engine: str
@@ -54,6 +58,7 @@ class Contender:
     process: Any = None
     load_s: float = 0.0
     peak_rss_mb: float = 0.0
+    longest: int = 0
 
     def start(self, threads: int) -> None:
         """Load the model."""
@@ -63,6 +68,7 @@ class Contender:
 
     def time(self, tokens: int, steps: int, *, keep: bool) -> None:
         """One prompt and the steps behind it."""
+        self.longest = max(self.longest, tokens + steps)
         print(tokens, steps, file=self.process.stdin, flush=True)
         answer = self._answer()
         if keep:
@@ -80,6 +86,15 @@ class Contender:
             raise click.ClickException(f"{self.engine} {self.scheme}: the process ended with {self.process.wait()}")
         return json.loads(line)
 
+    def _sizes(self) -> dict[str, float]:
+        """Of our own models: megabytes of graph and data, and of the cache that the engine holds."""
+        if self.kind != "ours":
+            return {}
+        cache = json.loads((self.path / "export.json").read_text(encoding="utf-8"))["cache"]
+        tokens = 2 * cache["layers"] * cache["heads"] * cache["head_dim"] * 4
+        files = sum(path.stat().st_size for path in self.path.glob("decoder.onnx*"))
+        return {"file_mb": round(files / 2**20, 1), "cache_mb": round(tokens * self.longest / 2**20, 1)}
+
     def rows(self, shape: str, threads: int) -> list[dict[str, object]]:
         """One row a prompt length."""
         found = []
@@ -96,6 +111,7 @@ class Contender:
                     "decode_tps": round(1 / step, 2),
                     "peak_rss_mb": round(self.peak_rss_mb),
                     "load_s": round(self.load_s, 3),
+                    **self._sizes(),
                 }
             )
         return found
@@ -112,13 +128,12 @@ def contenders(shape: str, work: Path, schemes: list[str], peers: list[str]) -> 
     ]
     checkpoint = work / shape / "checkpoint"
     if "genai" in peers:
-        write_checkpoint(shape, checkpoint)
-        write_genai(checkpoint, work / shape / "genai")
+        write_genai(checkpoint, shape, work / shape / "genai")
         found.append(Contender("onnxruntime-genai", "int4", "genai", work / shape / "genai"))
     if "llama.cpp" in peers:
-        write_checkpoint(shape, checkpoint)
         write_gguf(checkpoint, shape, work / shape / "gguf")
         found += [Contender("llama.cpp", kind, "llama", work / shape / "gguf" / f"{kind}.gguf") for kind in GGUF_TYPES]
+    shutil.rmtree(checkpoint, ignore_errors=True)  # the largest of all files; what was made of it stays
     return found
 
 
@@ -147,7 +162,7 @@ def shown(rows: list[dict[str, object]]) -> Table:
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("model", "engine", "scheme") else "right")
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(str(row.get(name, "")) for name in rows[0]))
     return table
 
 
@@ -180,7 +195,8 @@ def main(
     if rows:
         options["target"].parent.mkdir(parents=True, exist_ok=True)
         options["target"].write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-        Console(width=140).print(shown(rows))
+        Console(width=160).print(shown(rows))
+        Console(width=140).print(goal_table(rows))
 
 
 if __name__ == "__main__":

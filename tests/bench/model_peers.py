@@ -28,22 +28,27 @@ def write_checkpoint(shape: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def write_genai(checkpoint: Path, folder: Path) -> None:
+def write_genai(checkpoint: Path, shape: str, folder: Path) -> None:
     """What `onnxruntime_genai.models.builder` makes of a checkpoint in int4 for the CPU, its defaults."""
     if not (folder / "genai_config.json").exists():
+        write_checkpoint(shape, checkpoint)
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
         subprocess.run([*builder, "-i", str(checkpoint), "-o", str(folder), "-c", str(folder.parent)], check=True)
 
 
 def write_gguf(checkpoint: Path, shape: str, folder: Path) -> None:
-    """A 16-bit GGUF file of a checkpoint, and llama.cpp's quantizations of it."""
+    """llama.cpp's quantizations of a checkpoint; its 16-bit file between goes again."""
     folder.mkdir(parents=True, exist_ok=True)
+    missing = [kind for kind in GGUF_TYPES if not (folder / f"{kind}.gguf").exists()]
+    if not missing:
+        return
     full = folder / "F16.gguf"
     if not full.exists():
+        write_checkpoint(shape, checkpoint)
         _write_full(checkpoint, shape, full)
-    for kind in GGUF_TYPES:
-        if not (folder / f"{kind}.gguf").exists():
-            _quantize(full, folder / f"{kind}.gguf", kind)
+    for kind in missing:
+        _quantize(full, folder / f"{kind}.gguf", kind)
+    full.unlink()
 
 
 def _quantize(source: Path, target: Path, kind: str) -> None:

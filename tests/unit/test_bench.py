@@ -35,6 +35,10 @@ def test_result_counts_the_tokens_and_times_each_part(folder: Path, tmp_path: Pa
     assert result["prompt_tokens"] == 64 > 2 * IMAGE_TOKENS
     assert result["prefill_tps"] == pytest.approx(64 / result["first_token_s"], rel=0.2)
     assert all(result[name] > 0 for name in ("load_s", "first_token_s", "decode_tps", "peak_rss_mb"))
+    used = ("vision_encoder", "embed_tokens", "decoder") if images else ("embed_tokens", "decoder")
+    files = sum(path.stat().st_size for part in used for path in folder.glob(f"{part}.onnx*"))
+    assert result["file_mb"] == pytest.approx(files / 2**20, abs=0.06)
+    assert result["cache_mb"] == pytest.approx(2 * 2 * 3 * 16 * 4 * 67 / 2**20, abs=0.06)
     assert (f"{images} images" in shown.output) == (images > 0)
     assert f"behind {result['prompt_tokens']} tokens" in shown.output
 

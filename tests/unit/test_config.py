@@ -40,7 +40,7 @@ ALLOWED = [
     ("", "vision", ["none", "W8A8", "W4A8", "W4A4"], ["", "W3A3", "w4a8", None]),
     ("", "lm_head", ["none", "W8A8", "W4A8"], ["", "W4A4", None]),
     ("", "embedding", ["none", "W8", "W4"], ["", "W3", "W8A8", 8]),
-    ("", "kv_cache_bits", [0, 4, 8], [-1, 1, 2, 16, 32]),
+    ("", "kv_cache_bits", [0, 4, 8, 16], [-1, 1, 2, 32]),
     ("clip.", "weight", ["none", "search"], ["", "learned", None]),
     ("clip.", "activation", ["none", "search"], ["", "learned", None]),
     ("clip.", "activation_max", [0.1, 0.9, 1], [0, -0.1, 1.1, float("nan")]),
