@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from splitq_edge.runtime_ops.generate import greedy_tokens
 from splitq_edge.runtime_ops.open_model import open_model
 from splitq_edge.runtime_ops.static_calls import StaticCache, StaticShape
 from splitq_edge.runtime_ops.static_session import StaticModel
-from splitq_edge.targets import QNN_HTP, Target
+from splitq_edge.targets import ARCHITECTURES, QNN_HTP, Target
 
 CONTEXT, CHUNK, NEW_TOKENS = 64, 16, 5
 STATIC_PARTS = ("vision_encoder", "decoder_prefill", "decoder_step")
@@ -165,21 +166,30 @@ def test_a_prompt_beyond_the_cache_is_one_clear_error(static: Static) -> None:
 
 
 def test_not_compiled_says_how(static: Static) -> None:
+    shutil.rmtree(static.folder / "compiled", ignore_errors=True)
     with pytest.raises(SplitQError, match=r"expected files compiled for qnn-htp:v79.*splitq-edge compile .* --arch 79"):
         static.model(target=Target(QNN_HTP, 79))
 
 
 @needs_qnn
 @pytest.mark.slow
-def test_the_emulator_answers_as_the_cpu(static: Static) -> None:
-    lines = list(run_compile(static.folder, V73))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_emulator_answers_as_the_cpu(arch: int, static: Static) -> None:
+    target = Target(QNN_HTP, arch)
+    lines = list(run_compile(static.folder, target))
     assert sum("MB" in line for line in lines) == len(STATIC_PARTS)
-    compiled = compiled_parts(static.folder, V73)
+    compiled = compiled_parts(static.folder, target)
     assert set(compiled) == set(STATIC_PARTS)
     for path in compiled.values():
         assert {node.op_type for node in onnx.load(path).graph.node} == {"EPContext"}
-    report = list(run_verify(static.folder, native=None, target=V73.name))
-    assert sum(line.endswith("ok") for line in report[report.index("qnn-htp:v73 against the CPU") :]) == 3
+    report = list(run_verify(static.folder, native=None, target=target.name))
+    assert sum(line.endswith("ok") for line in report[report.index(f"{target.name} against the CPU") :]) == 3
+
+
+@needs_qnn
+@pytest.mark.slow
+def test_files_compiled_from_another_graph_are_refused(static: Static) -> None:
+    list(run_compile(static.folder, V73))
     source = static.folder / "decoder_step.onnx"
     kept = source.read_bytes()
     source.write_bytes(kept + b"\x00")
