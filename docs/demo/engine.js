@@ -23,7 +23,7 @@ export async function loadModel({ ort, read, Tokenizer, Template }) {
     const { file, shared_data: shared = [] } = manifest.parts[part];
     const names = [`${file}.data`, ...shared].filter((name) => name in manifest.files);
     const externalData = await Promise.all(names.map(async (path) => ({ path, data: await read(path) })));
-    const options = { externalData, logSeverityLevel: 3, executionProviders: [provider] };
+    const options = { externalData: externalData.length ? externalData : undefined, logSeverityLevel: 3, executionProviders: [provider] };
     sessions[part] = await ort.InferenceSession.create(await read(file), options);
   }
   const tokenizer = new Tokenizer(await json('tokenizer.json'), await json('tokenizer_config.json'));
