@@ -16,7 +16,7 @@ def test_weights_go_with_the_graph_and_the_module() -> None:
     weights = [weakref.ref(parameter) for parameter in module.parameters()]
     graph = trace(
         module,
-        {"input": torch.randn(3, 8)},
+        {"input": torch.randn(3, 5, 8)},
         input_names=["input"],
         output_names=["output"],
         dynamic={"input": {0: "rows"}},
