@@ -81,6 +81,8 @@ def _place_embedding(loaded: LoadedModel, bits: int, head: SplitLinear | None) -
     if head is not None and bits == head.groups["main"].bits and can_share(head) and type(table) is nn.Embedding:
         loaded.model.set_input_embeddings(HeadEmbedding(head))
         return
+    if tied(loaded):  # the float output projection keeps the weight, which the checkpoint may know by the table's name
+        loaded.keep(table, loaded.model.get_submodule(loaded.adapter.lm_head))
     with loaded.having(table):
         # What the module gives and not its weight: some families put a factor on it.
         rows = table(torch.arange(table.weight.shape[0], device=loaded.device))

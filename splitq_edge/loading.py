@@ -148,6 +148,16 @@ class LoadedModel:
             for restore in undo:
                 restore()
 
+    def keep(self, *modules: nn.Module) -> None:
+        """Give modules of a lazily loaded model their own weights for good; one that they share is read once.
+
+        Raises:
+            SplitQError: a weight cannot be read.
+        """
+        if self.weights is not None:
+            paths = {id(module): path for path, module in self.model.named_modules()}
+            self.weights.fill([(paths[id(module)], module) for module in modules], self.device)
+
     def read_rest(self) -> None:
         """Give a lazily loaded model the weights that it has on the meta device only, for good.
 

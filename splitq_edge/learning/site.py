@@ -444,7 +444,7 @@ class TrainableSite(nn.Module):
                 for name, target in targets.items()
             }
         widths = [target.weight.shape[0] for target in targets.values()]
-        weight = torch.cat([target.weight for target in targets.values()])
+        weight = _joined([target.weight for target in targets.values()])
         scales = [
             expand_scale(target.scale, width, settings[name].group_size).expand(width, -1)
             for (name, target), width in zip(targets.items(), widths, strict=True)
@@ -452,7 +452,7 @@ class TrainableSite(nn.Module):
         bits = torch.cat(
             [torch.full((width,), settings[name].bits) for name, width in zip(targets, widths, strict=True)]
         )
-        codes = gptq_codes(weight, hessian, torch.cat(scales), bits, name=self.name)
+        codes = gptq_codes(weight, hessian, _joined(scales), bits, name=self.name)
         return {name: part.contiguous() for name, part in zip(targets, codes.split(widths), strict=True)}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -462,6 +462,11 @@ class TrainableSite(nn.Module):
             kind = "clip" if name.endswith("_clip") else "gate" if name.startswith("gate_") else "transform"
             kinds[kind].append(parameter)
         return kinds
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """All rows; a single part itself, which may be large."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def merged_weight(linears: list[nn.Linear]) -> torch.Tensor:

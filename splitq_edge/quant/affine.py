@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+SLICE = 1 << 24  # elements of a weight that searches and GPTQ hold copies of at a time
+
 SCALE_FLOOR = 1e-12  # keeps the inverse scale of an all-zero row finite
 
 

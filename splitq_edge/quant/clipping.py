@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from splitq_edge.quant.affine import dequantize_weight, quantize_rows, quantize_weight
+from splitq_edge.quant.affine import SLICE, dequantize_weight, quantize_rows, quantize_weight
 
 WEIGHT_GRID = tuple(1 - 0.05 * step for step in range(14))  # 1.0 .. 0.35
 ACTIVATION_GRID = tuple(1 - 0.05 * step for step in range(17))  # 1.0 .. 0.2
@@ -24,6 +24,13 @@ def search_weight_clip(
     Returns:
         Shape of the scale: [N] or [ceil(K / group_size), N] float32.
     """
+    columns = max(1, SLICE // max(1, weight.shape[0]))
+    if weight.shape[1] > columns:  # output channels know nothing of each other
+        parts = [
+            search_weight_clip(part, bits, group_size=group_size, importance=importance)
+            for part in weight.split(columns, 1)
+        ]
+        return torch.cat(parts, -1)
     best_error: torch.Tensor | None = None
     best = torch.empty(0)
     for factor in WEIGHT_GRID:

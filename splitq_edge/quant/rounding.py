@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from splitq_edge.quant.affine import code_range
+from splitq_edge.quant.affine import SLICE, code_range
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,18 @@ def gptq_codes(
     Returns:
         [K, N] int8.
     """
+    feedback = inverse_factor(hessian, damping, name)
+    columns = max(1, SLICE // max(1, weight.shape[0]))
+    parts = zip(weight.split(columns, 1), scale.split(columns, 1), strict=True)
+    return torch.cat([_codes_of_columns(part, feedback, part_scale, bits) for part, part_scale in parts], 1)
+
+
+def _codes_of_columns(
+    weight: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor, bits: torch.Tensor
+) -> torch.Tensor:
+    """Of some output channels, which know nothing of each other."""
     low, high = _ranges(bits, weight.device)
     rest = weight.clone()
-    feedback = inverse_factor(hessian, damping, name)
     codes = torch.empty_like(weight)
     for begin in range(0, weight.shape[0], BLOCK):
         end = min(begin + BLOCK, weight.shape[0])

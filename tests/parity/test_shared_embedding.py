@@ -10,10 +10,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from builders import CLOSED_FORM, VOCABULARY, calibrated, chat_batches, tiny_loaded
+from builders import CLOSED_FORM, VOCABULARY, calibrated, calibration_state, chat_batches, tiny_loaded, write_chats
+from families import save_processor, tiny_model
 
+from splitq_edge.calibration.data import encode_sample, load_samples
 from splitq_edge.config import preset
+from splitq_edge.convert import assemble
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
+from splitq_edge.loading import load_model, tied
+from splitq_edge.modules.quantized_embedding import QuantizedEmbedding
 from splitq_edge.runtime_ops.generate import greedy_tokens
 from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.runtime_ops.verify import verify_files, verify_parity
@@ -71,3 +76,21 @@ def test_rows_are_near_the_float_ones(folder: Path) -> None:
     table = tiny_loaded().model.get_input_embeddings().weight.detach()
     error = torch.linalg.norm(torch.from_numpy(rows) - table[4:]) / torch.linalg.norm(table[4:])
     assert float(error) < 0.02
+
+
+def test_a_tied_head_that_stays_in_float_keeps_its_weight(tmp_path: Path) -> None:
+    # The checkpoint knows the weight only by the embedding's name, and that has been replaced.
+    checkpoint = str(tmp_path / "checkpoint")
+    tiny_model("smolvlm").save_pretrained(checkpoint)
+    save_processor("smolvlm", tmp_path / "checkpoint")
+    config = replace(preset("W4A8"), learning=CLOSED_FORM, lm_head="none", embedding="W8")
+    chats = load_samples(str(write_chats(tmp_path / "chats")), 2, seed=0)
+    loaded = load_model(checkpoint, lazy=True)
+    samples = [encode_sample(loaded.processor, sample, loaded.image_layout) for sample in chats]
+    state = calibration_state(loaded, config, samples, tmp_path / "state")
+    loaded, whole = load_model(checkpoint, lazy=True), load_model(checkpoint)
+    assert tied(loaded)
+    assemble(loaded, config, state)
+    loaded.read_rest()
+    assert torch.equal(loaded.model.lm_head.weight, whole.model.lm_head.weight)
+    assert isinstance(loaded.model.get_input_embeddings(), QuantizedEmbedding)

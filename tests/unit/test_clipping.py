@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import rng
 
+from splitq_edge.quant import clipping
 from splitq_edge.quant.affine import dequantize_weight, quantize_rows, quantize_weight
 from splitq_edge.quant.clipping import ACTIVATION_GRID, WEIGHT_GRID, search_activation_clip, search_weight_clip
 
@@ -38,6 +39,13 @@ def test_weight_clip_has_one_factor_a_group_and_the_last_group_may_be_shorter() 
     assert found.shape == (3, 5)
     for number, part in enumerate(weight.split(32)):
         torch.testing.assert_close(found[number], search_weight_clip(part, 3))
+
+
+def test_slices_of_a_wide_weight_are_searched_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(24, 50, generator=torch.Generator().manual_seed(3))
+    whole = search_weight_clip(weight, 3, group_size=16)
+    monkeypatch.setattr(clipping, "SLICE", 24 * 7)
+    assert torch.equal(search_weight_clip(weight, 3, group_size=16), whole)
 
 
 def test_important_channels_decide_the_weight_clip() -> None:

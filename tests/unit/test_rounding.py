@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import rng
 
+from splitq_edge.quant import rounding
 from splitq_edge.quant.affine import code_range, expand_scale, quantize_symmetric, weight_scale
 from splitq_edge.quant.rounding import DAMPING, gptq_codes, inverse_factor
 
@@ -74,6 +75,15 @@ def test_output_error_is_far_below_that_of_nearest_rounding(group_size: int) -> 
         return float((activations @ (weight - found * scale)).square().sum())
 
     assert error(codes) < 0.5 * error(nearest(weight, scale, 3))
+
+
+def test_slices_of_a_wide_weight_are_rounded_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight, rows = torch.randn(24, 50, generator=generator), torch.randn(200, 24, generator=generator)
+    scale, bits = torch.full((24, 50), 0.5), torch.full((24,), 4)
+    whole = gptq_codes(weight, rows.T @ rows, scale, bits)
+    monkeypatch.setattr(rounding, "SLICE", 24 * 7)
+    assert torch.equal(gptq_codes(weight, rows.T @ rows, scale, bits), whole)
 
 
 def test_uncorrelated_channels_are_rounded_to_nearest() -> None:
