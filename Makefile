@@ -22,7 +22,7 @@ table-easyvqa: $(TABLES)
 $(TABLES): table-of-%: $(STAMP)
 	$(BIN)/splitq-edge table models/$* --task easyvqa --results models/$*/results.json --work build/table
 
-# The method on a real language model, text only; needs apt (a Debian package is the prose) and about 40 minutes.
+# The method on a real language model, text only; needs apt (a Debian package is the prose) and two hours of a core.
 trial-smollm2: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python models/smollm2-135m/trial.py --work build/smollm2-135m
