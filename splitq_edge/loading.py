@@ -167,6 +167,11 @@ class LoadedModel:
         if self.weights is not None:
             self.weights.fill(self.model.named_modules(), self.device)
 
+    def give_up(self) -> None:
+        """Free the memory of the weights for good, whoever refers to them still; the model can no longer run."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            tensor.data = tensor.new_empty(0)
+
     @contextmanager
     def modality_from_inputs(self) -> Iterator[None]:
         """Within the block every forward of the model sets the mask from its own input_ids."""

@@ -159,7 +159,8 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
             write_static(loaded, quantized, request, encoded, StaticOptions(**options.static), staging)
         else:
             write_export(loaded, quantized, request, staging)
-        del loaded, quantized  # ONNX Runtime needs their memory
+        loaded.give_up()  # ONNX Runtime needs the memory
+        del loaded, quantized
         _verify(staging, console)
     if state is not None and not options.keep_state:
         state.remove()
