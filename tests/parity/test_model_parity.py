@@ -189,12 +189,13 @@ def test_files_pass_the_checker_and_strict_shape_inference(export: Export) -> No
 
 def test_decoder_has_one_node_a_site_and_a_body_for_each(export: Export) -> None:
     model = onnx.load(str(export.folder / "decoder.onnx"), load_external_data=False)
-    sites = [node for node in model.graph.node if node.domain == "ai.splitq"]
+    ours = [node for node in model.graph.node if node.domain == "ai.splitq"]
     names = [f"layers.{block}.{site}" for block in range(2) for site in ("attn_in", "attn_out", "mlp_in", "mlp_mid")]
-    assert [node.name for node in sites] == (names if export.quantized else [])
-    assert {node.op_type for node in sites} <= {"SplitQLinear"}
+    assert [node.name for node in ours if node.op_type == "SplitQLinear"] == (names if export.quantized else [])
+    gated = [node.op_type for node in ours if node.op_type != "SplitQLinear"]  # one activation a block
+    assert gated == (["SwiGLU"] * 2 if export.quantized else [])
     bodies = {(function.name, function.overload) for function in model.functions}
-    assert {(node.op_type, node.overload) for node in sites} <= bodies
+    assert {(node.op_type, node.overload) for node in ours} <= bodies
     inputs = {value.name: value for value in model.graph.input}
     masked = export.quantized is not None and preset(export.scheme).correction.mac_rows == "text"
     assert ("modality" in inputs) == masked
