@@ -6,6 +6,7 @@ Run by `make demo`. Writes only to the folder given by --work.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +67,7 @@ def _export(console: Console, model: str, out: Path, scheme: str) -> None:
         force=True,
         revision=None,
     )
+    shutil.rmtree(options.state_folder, ignore_errors=True)  # of a demo that was stopped
     run_export(options, console)
 
 
