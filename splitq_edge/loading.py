@@ -140,8 +140,7 @@ class LoadedModel:
         if self.weights is None:
             yield
             return
-        path = next(name for name, found in self.model.named_modules() if found is module)
-        undo = self.weights.fill([(path, module)], self.device)
+        undo = self.weights.fill(self._named(module), self.device)
         try:
             yield
         finally:
@@ -155,8 +154,11 @@ class LoadedModel:
             SplitQError: a weight cannot be read.
         """
         if self.weights is not None:
-            paths = {id(module): path for path, module in self.model.named_modules()}
-            self.weights.fill([(paths[id(module)], module) for module in modules], self.device)
+            self.weights.fill(self._named(*modules), self.device)
+
+    def _named(self, *modules: nn.Module) -> list[tuple[str, nn.Module]]:
+        paths = {module: path for path, module in self.model.named_modules()}
+        return [(paths[module], module) for module in modules]
 
     def read_rest(self) -> None:
         """Give a lazily loaded model the weights that it has on the meta device only, for good.

@@ -8,15 +8,15 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from builders import CLOSED_FORM
 from rich.console import Console
+from web_questions import our_tokens
 
 from splitq_edge.commands.export import ExportOptions, run_export
 from splitq_edge.config import preset
 from splitq_edge.evaluate.tasks import load_task
-from splitq_edge.runtime_ops.generate import Generator, greedy_tokens, open_image
+from splitq_edge.runtime_ops.generate import open_image
 from splitq_edge.runtime_ops.session import ExportedModel
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "easyvqa-tiny"
@@ -27,18 +27,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NODE_MODULES is None, reason="transformers.js is not installed; run: make test-js"),
 ]
-
-
-def our_tokens(model: ExportedModel, image: Path, text: str) -> list[int]:
-    inputs = Generator(model).chat(text, [open_image(image)])
-    steps = greedy_tokens(
-        model,
-        inputs["input_ids"].astype(np.int64),
-        inputs["attention_mask"],
-        model.encode_images(inputs["pixel_values"]),
-        max_new_tokens=NEW_TOKENS,
-    )
-    return [int(step[0]) for step in steps]
 
 
 def test_answers_are_those_of_our_loop(tmp_path: Path) -> None:
@@ -54,6 +42,6 @@ def test_answers_are_those_of_our_loop(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     model = ExportedModel(folder, native=False)
-    assert said == [our_tokens(model, question.image, question.text) for question in questions]
+    assert said == [our_tokens(model, open_image(question.image), question.text, NEW_TOKENS) for question in questions]
     answers = {tuple(tokens) for tokens in said}
     assert len(answers) > 3  # not one answer to everything
