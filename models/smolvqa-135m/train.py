@@ -48,7 +48,7 @@ HERE = Path(__file__).resolve().parent
 # Shares of a batch and strength of the picture's variation: shift and scale (shares of the side), mirrored or not.
 SHARES = {
     "vision": {"easyvqa": 0.02, "ocr": 0.50, "counting": 0.14, "spatial": 0.12, "fashion": 0.06, "cifar10": 0.16},
-    "answers": {"easyvqa": 0.05, "ocr": 0.46, "counting": 0.17, "spatial": 0.15, "fashion": 0.06, "cifar10": 0.11},
+    "answers": {"easyvqa": 0.03, "ocr": 0.34, "counting": 0.14, "spatial": 0.30, "fashion": 0.07, "cifar10": 0.12},
 }
 VARIATION = {
     "easyvqa": (0.05, 0.10, False),

@@ -23,15 +23,15 @@ from splitq_edge.calibration.observer import Observer, SiteStats
 from splitq_edge.calibration.state import BlockRecord
 from splitq_edge.config import ClipConfig, CorrectionConfig, LearningConfig, QuantConfig, SplitConfig
 from splitq_edge.errors import SplitQError
-from splitq_edge.learning.site import TrainableSite, merged_weight
+from splitq_edge.learning.site import TrainableSite
 from splitq_edge.loading import LoadedModel
 from splitq_edge.methods.scales import ScaleInputs
 from splitq_edge.modality import VISION
-from splitq_edge.modules.split_linear import SplitLinear, site_parts
+from splitq_edge.modules.split_linear import SplitLinear, side_by_side, site_parts
 from splitq_edge.parallel import Processes
 from splitq_edge.quant.kv_cache import head_dimension
 from splitq_edge.quant.transforms import has_balanced_factors
-from splitq_edge.report.site_quality import plain_quality
+from splitq_edge.report.site_quality import PlainQuality
 from splitq_edge.splitting.plan import SplitPlan
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 EXTRAS = ("vision", "lm_head")  # fields of the recipe, and names of the records in the calibration state
 VISION_ROWS = 1024  # rows kept a vision site; 23 CLIP-L blocks keep 0.7 GB
 HEAD_ROWS = 4096
+SLICE = 1 << 25  # weights that are worked on at a time, some six copies of them in float32
 
 
 def wanted_extras(config: QuantConfig) -> tuple[str, ...]:
@@ -238,19 +239,50 @@ def quantize_extra(loaded: LoadedModel, config: QuantConfig, extra: str, stats: 
                     f"{site.name}: expected finite weights in {path}, got NaN or infinity; check the checkpoint"
                 )
         known = stats[site.name]
-        chosen = extra_config(config, extra, known.channels)
-        trained = _closed_form(site.name, list(linears.values()), known, chosen, loaded)
-        sites[site.name] = trained.freeze(_hessian(trained, known) if config.rounding == "gptq" else None)
-        report[site.name] = plain_quality(trained, sites[site.name], known)
+        sites[site.name], report[site.name] = _quantized(
+            site.name, list(linears.values()), known, extra_config(config, extra, known.channels), loaded
+        )
     return BlockRecord(sites, {"sites": report})
 
 
-def _closed_form(
+def _quantized(
     name: str, linears: list[nn.Linear], stats: SiteStats, config: QuantConfig, loaded: LoadedModel
-) -> TrainableSite:
+) -> tuple[SplitLinear, dict[str, Any]]:
+    """A site's integers and its report.
+
+    Output channels are made in slices: they share the scale, the transform, the activations' clip and GPTQ's matrix,
+    and an output projection has so many that copies of all of them would be most of an export's memory.
+    """
+    extremes = torch.stack([torch.stack(linear.weight.detach().aminmax(dim=0)) for linear in linears]).float()
+    inputs = ScaleInputs(extremes.flatten(0, 1).T, stats.absmax, stats.text_rows, stats.vision_rows)
     every = torch.arange(stats.channels)
-    inputs = ScaleInputs(merged_weight(linears), stats.absmax, stats.text_rows, stats.vision_rows)
-    return TrainableSite(name, linears, SplitPlan(every, every[:0], every[:0]), config, loaded.context, inputs)
+    plan = SplitPlan(every, every[:0], every[:0])
+    quality = PlainQuality(stats)
+    hessian: torch.Tensor | None = None
+    frozen: list[SplitLinear] = []
+    for part in _slices(linears, max(1, SLICE // stats.channels)):
+        trained = TrainableSite(name, part, plan, config, loaded.context, inputs)
+        if config.rounding == "gptq" and hessian is None:
+            hessian = _hessian(trained, stats)
+        frozen.append(trained.freeze(hessian))
+        quality.add(trained, frozen[-1])
+    return side_by_side(frozen), quality.report()
+
+
+def _slices(linears: list[nn.Linear], outputs: int) -> Iterator[list[nn.Linear]]:
+    """The linears themselves if they have no more than so many outputs together, else parts of each."""
+    if sum(linear.out_features for linear in linears) <= outputs:
+        yield linears
+        return
+    for linear in linears:
+        for start in range(0, linear.out_features, outputs):
+            place = slice(start, start + outputs)
+            part = nn.Linear(1, 1, bias=False, device="meta")
+            part.weight = nn.Parameter(linear.weight.detach()[place], requires_grad=False)
+            part.out_features, part.in_features = part.weight.shape
+            if linear.bias is not None:
+                part.bias = nn.Parameter(linear.bias.detach()[place], requires_grad=False)
+            yield [part]
 
 
 def _hessian(site: TrainableSite, stats: SiteStats) -> torch.Tensor | None:

@@ -28,9 +28,9 @@ def collect_sensitivity(
 ) -> Sensitivity:
     """Mean absolute gradient of the answers' loss at every site's output and every block's output (MBQ).
 
-    The loss is the mean negative log-likelihood of the answer tokens of all batches and processes, so that the result
-    depends neither on batches nor on processes. Forward through the float blocks with their inputs kept, then backward
-    block after block.
+    The loss is the mean negative log-likelihood of the answer tokens, of an even choice of at most 16 batches, or of
+    all where `tokens` is True; it does not depend on processes. Forward through the float blocks with their inputs
+    kept, then backward block after block.
 
     Args:
         loaded: the float model.
@@ -43,7 +43,9 @@ def collect_sensitivity(
     Returns:
         (text, vision) by site name and by "block.<index>"; 1 for a modality that did not occur.
     """
-    numbers = [number for number in inputs.own if tokens or number < MAX_BATCHES]
+    count = len(inputs)
+    looked_at = range(count)[:: 1 if tokens else -(-count // MAX_BATCHES)]  # evenly: batches are sorted by length
+    numbers = [number for number in inputs.own if number in looked_at]
     for number in numbers:
         inputs.put("pass-0", number, inputs.get("float", number))
     with torch.no_grad():

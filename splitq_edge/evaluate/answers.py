@@ -18,7 +18,8 @@ def rows_of(asked: Mapping[str, Sequence[Question]], answers: Sequence[Answer]) 
     """Questions by task with their answers, in the order in which they were asked.
 
     Returns:
-        Objects with "task", "image" (file name), "question", "type", "right" (the right answer), "answer" and "nll".
+        Objects with "task", "image" (file name), "question", "type", "right" (the right answer), "answer", "nll" and
+        "tokens"; with a reference also "kl".
     """
     questions = [(task, question) for task, part in asked.items() for question in part]
     return [
@@ -30,6 +31,8 @@ def rows_of(asked: Mapping[str, Sequence[Question]], answers: Sequence[Answer]) 
             "right": question.answer,
             "answer": answer.text.strip(),
             "nll": round(float(answer.nll), 6),
+            "tokens": answer.tokens,
+            **({} if answer.kl is None else {"kl": float(f"{answer.kl:.4g}")}),
         }
         for (task, question), answer in zip(questions, answers, strict=True)
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -200,6 +201,35 @@ class SplitLinear(nn.Module):
             weight[channels] = part
             start += width
         return weight
+
+
+def side_by_side(sites: Sequence[SplitLinear]) -> SplitLinear:
+    """One site of the output channels of several.
+
+    Args:
+        sites: the same in everything else, without correction and with one weight scale an output channel.
+    """
+    first = sites[0]
+    if len(sites) == 1:
+        return first
+    groups = {
+        name: replace(
+            group,
+            qweight=torch.cat([site.groups[name].qweight for site in sites], 1),
+            scale=torch.cat([site.groups[name].scale for site in sites]),
+        )
+        for name, group in first.groups.items()
+    }
+    biases = [site.bias for site in sites if site.bias is not None]
+    return SplitLinear(
+        first.name,
+        order=first.order,
+        groups=groups,
+        context=first.context,
+        bias=torch.cat(biases) if biases else None,
+        channel_scale=first.channel_scale,
+        activation_symmetric=first.activation_symmetric,
+    )
 
 
 class SitePart(nn.Module):

@@ -11,7 +11,7 @@ from splitq_edge.learning.site import TrainableSite
 from splitq_edge.modality import TEXT, VISION
 from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.affine import dequantize_weight, quantize_rows, quantize_weight
-from splitq_edge.quant.metrics import sqnr_db
+from splitq_edge.quant.metrics import decibel, energies, sqnr_db
 from splitq_edge.splitting.outliers import largest_channels
 from splitq_edge.splitting.plan import SplitPlan
 
@@ -42,16 +42,37 @@ def site_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> 
     return {"sqnr_db": stages, "channels": channel_report(site.plan, stats)}
 
 
-@torch.no_grad()
-def plain_quality(site: TrainableSite, frozen: SplitLinear, stats: SiteStats) -> dict[str, Any]:
-    """The report of a site without split and correction: the stages "rtn" and "final" of `site_quality`'s `sqnr_db`."""
-    stages: dict[str, list[float | None]] = {"rtn": [], "final": []}
-    for rows in (stats.text_rows, stats.vision_rows):
-        x = rows[:: max(1, -(-rows.shape[0] // MAX_ROWS))]
-        target = x @ site.weight if site.bias is None else x @ site.weight + site.bias
-        for name, value in (("rtn", _nearest(site, x, split=False)), ("final", frozen(x))):
-            stages[name].append(None if x.shape[0] == 0 else round(sqnr_db(target, value), 3))
-    return {"sqnr_db": stages}
+class PlainQuality:
+    """The report of a site without split and correction, whose output channels may come in slices.
+
+    Args:
+        stats: calibration statistics; their rows are what the site is measured on.
+    """
+
+    def __init__(self, stats: SiteStats) -> None:
+        self._rows = [rows[:: max(1, -(-rows.shape[0] // MAX_ROWS))] for rows in (stats.text_rows, stats.vision_rows)]
+        self._energies = {"rtn": [[0.0, 0.0], [0.0, 0.0]], "final": [[0.0, 0.0], [0.0, 0.0]]}
+
+    @torch.no_grad()
+    def add(self, site: TrainableSite, frozen: SplitLinear) -> None:
+        """Measure the site, or some of its output channels."""
+        for kind, x in enumerate(self._rows):
+            target = x @ site.weight if site.bias is None else x @ site.weight + site.bias
+            for name, value in (("rtn", _nearest(site, x, split=False)), ("final", frozen(x))):
+                for place, energy in enumerate(energies(target, value)):
+                    self._energies[name][kind][place] += energy
+
+    def report(self) -> dict[str, Any]:
+        """The stages "rtn" and "final" of `site_quality`'s `sqnr_db`."""
+        return {
+            "sqnr_db": {
+                name: [
+                    None if x.shape[0] == 0 else round(decibel(*both), 3)
+                    for x, both in zip(self._rows, kinds, strict=True)
+                ]
+                for name, kinds in self._energies.items()
+            }
+        }
 
 
 def _stage_outputs(site: TrainableSite, frozen: SplitLinear, x: torch.Tensor, kind: int) -> dict[str, torch.Tensor]:

@@ -34,8 +34,14 @@ def test_rows_come_back(tmp_path: Path) -> None:
         "right": "red",
         "answer": "red",
         "nll": 0.5,
+        "tokens": 2,
     }
     assert second["answer"] == "blau"
+
+
+def test_rows_say_the_divergence_where_there_is_a_reference() -> None:
+    (row,) = rows_of(asked(1), [Answer("red", 0.5, 2, kl=1.23456e-7)])
+    assert row["kl"] == 1.235e-7
 
 
 def test_equal_answers_are_counted(tmp_path: Path) -> None:

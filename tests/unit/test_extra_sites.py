@@ -11,6 +11,7 @@ from builders import CLOSED_FORM, chat_batches, tiny_loaded
 from families import tiny_inputs, tiny_model
 
 from splitq_edge.adapters.registry import adapter_for
+from splitq_edge.calibration import extra_sites as extra_sites_module
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.block_inputs import first_block_inputs, padded_batches
 from splitq_edge.calibration.extra_sites import (
@@ -149,6 +150,27 @@ def test_quantized_extras_stand_in_the_model_and_answer_nearly_as_it(rounding: s
         rtn, final = (site["sqnr_db"][stage] for stage in ("rtn", "final"))
         assert rtn[0] is None
         assert final[1] > rtn[1]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_slices_of_output_channels_are_what_the_whole_is(
+    rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, records = tiny_loaded(), []
+    for slice_size in (extra_sites_module.SLICE, 10 * loaded.model.lm_head.in_features):
+        monkeypatch.setattr(extra_sites_module, "SLICE", slice_size)
+        run = run_over(loaded, replace(EVERYTHING, rounding=rounding), tmp_path / str(slice_size))
+        run.run(chat_batches(2), finished=run.state.start(resume=False))
+        records.append(run.state.load_extra("lm_head", loaded.context))
+    one, other = (record.sites["lm_head"].groups["main"] for record in records)
+    assert one.qweight.shape[1] > 10
+    assert (one.qweight.int() - other.qweight.int()).abs().max() <= 1  # sums of other lengths round differently
+    assert (one.qweight != other.qweight).float().mean() < 0.01
+    torch.testing.assert_close(other.scale, one.scale, rtol=1e-5, atol=0)
+    assert other.clip == one.clip
+    was, is_now = (record.report["sites"]["lm_head"]["sqnr_db"] for record in records)
+    assert is_now["final"][0] == pytest.approx(was["final"][0], abs=0.05)
+    assert is_now["rtn"][0] == pytest.approx(was["rtn"][0], abs=0.05)
 
 
 def test_resumed_calibration_ends_with_the_same_bytes(tmp_path: Path) -> None:

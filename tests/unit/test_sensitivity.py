@@ -9,6 +9,7 @@ import torch
 from builders import chat_batches, left_padded, prompt_ids, tiny_loaded
 from torch import nn
 
+from splitq_edge.calibration import sensitivity
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.block_inputs import BlockInputs, first_block_inputs, padded_batches
 from splitq_edge.calibration.sensitivity import Sensitivity, collect_sensitivity, token_importance
@@ -158,3 +159,19 @@ def test_importance_is_kept_for_every_block_and_batch(tmp_path: Path) -> None:
     last = inputs.get(f"importance-{loaded.block_count - 1}", 0)
     assert (last == 0.5).any()
     assert (last > 1).any()
+
+
+def test_a_choice_of_batches_holds_short_and_long_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "MAX_BATCHES", 2)
+    encoded = []
+    for length in range(4, 24, 4):
+        ids, mask = left_padded([prompt_ids("x" * length)])
+        encoded.append({"input_ids": ids, "attention_mask": mask})
+    loaded = tiny_loaded()
+    with loaded.outside_blocks():
+        inputs = first_block_inputs(loaded, padded_batches(encoded, 1, 0, ALONE), ActivationStore(tmp_path))
+    looked_at: set[int] = set()
+    backward = sensitivity._backward
+    monkeypatch.setattr(sensitivity, "_backward", lambda *given: (looked_at.add(given[4]), backward(*given))[1])
+    collect_sensitivity(loaded, inputs, ALONE)
+    assert looked_at == {0, 3}
