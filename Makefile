@@ -38,6 +38,7 @@ table-smolvqa: $(SMOLVQA)/config.json
 	$(BIN)/splitq-edge table $(SMOLVQA) $(SMOLVQA_TABLE)
 	$(BIN)/splitq-edge ablate $(SMOLVQA) $(SMOLVQA_TABLE) --scheme W3A3 --tables components,rules,mac
 	$(BIN)/splitq-edge ablate $(SMOLVQA) $(SMOLVQA_TABLE) --scheme W3A2 --tables components,rules,mac
+	$(BIN)/splitq-edge ablate $(SMOLVQA) $(SMOLVQA_TABLE) --scheme W4A4 --tables bits
 
 # A fixed slice of that, without learning, against models/smolvqa-135m/smoke.json; fails when a number moved too far.
 accuracy-smoke: $(SMOLVQA)/config.json

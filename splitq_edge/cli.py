@@ -38,7 +38,7 @@ PATH = click.Path(path_type=Path)
 # The keys of methods.registry.METHODS; a test keeps them equal.
 METHOD_NAMES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "quarot", "flatquant", "splitq")
 LAYOUT_NAMES = ("genai", "onnx-community", "flat")  # exporters.layouts.registry.LAYOUTS; a test keeps them equal
-ABLATIONS = ("components", "rules", "mac", "options")  # methods.ablation.TABLES
+ABLATIONS = ("components", "rules", "mac", "options", "bits")  # methods.ablation.TABLES
 
 
 class _Bytes(click.ParamType):
@@ -413,7 +413,7 @@ def table(methods: tuple[str, ...], schemes: tuple[str, ...], epochs: int | None
     callback=_names(ABLATIONS),
     metavar="NAMES",
     help="components: flatquant, +MOCD, +CWS, +MAC; rules: how channels are chosen; mac: the rows it works on; "
-    "options: the recipe's settings, one changed at a time.",
+    "options: the recipe's settings, one changed at a time; bits: peers with as many bits a weight, in group scales.",
 )
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs of learning instead of the preset's; 0: none.")
 @click.option("--transform", type=click.Choice(TRANSFORMS), help="Start of the transform instead of the preset's.")

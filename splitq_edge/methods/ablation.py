@@ -1,7 +1,7 @@
 """Ablations as recipes.
 
 The paper's: components one after the other (table 6), rules of channel choice (table 4), the rows of MAC (table 5). And
-every option that it leaves open against the default.
+every option that it leaves open against the default, and peers with as many bits a weight as SplitQ's extras make.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from splitq_edge.config import CHANNEL_RULES, CorrectionConfig, QuantConfig, SplitConfig
+from splitq_edge.methods.registry import method_config
 
-TABLES = ("components", "rules", "mac", "options")
+TABLES = ("components", "rules", "mac", "options", "bits")
+PEERS = ("gptq", "quarot", "flatquant")  # of the table "bits"
+SCALE_BITS = 32
 
 
 def ablation_recipes(config: QuantConfig, table: str) -> dict[str, QuantConfig]:
@@ -21,8 +24,9 @@ def ablation_recipes(config: QuantConfig, table: str) -> dict[str, QuantConfig]:
     Args:
         config: SplitQ's recipe at a scheme; what a table does not vary stays as it is there.
         table: "components" (flatquant, +MOCD, +CWS, +MAC), "rules" (no split, then every rule of choice, without
-            correction as in the paper), "mac" (no MAC, text rows, all rows) or "options" (the recipe, then the recipe
-            with one setting changed at a time).
+            correction as in the paper), "mac" (no MAC, text rows, all rows), "options" (the recipe, then the recipe
+            with one setting changed at a time) or "bits" (the recipe, then peers whose groups of input channels have
+            scales of their own: 32 bits a group, so many groups that they have no fewer bits a weight).
 
     Raises:
         KeyError: unknown table.
@@ -42,8 +46,20 @@ def ablation_recipes(config: QuantConfig, table: str) -> dict[str, QuantConfig]:
             **{rows: replace(config, correction=replace(config.correction, mac_rows=rows)) for rows in ("text", "all")},
         },
     }
+    size = 128 if _extra_bits(config) <= SCALE_BITS / 128 else 64
+    tables["bits"] = {
+        "splitq": config,
+        **{f"{peer}, groups of {size}": replace(method_config(peer, config), group_size=size) for peer in PEERS},
+    }
     tables["options"] = {"default": config, **dict(_options(config))}
     return tables[table]
+
+
+def _extra_bits(config: QuantConfig) -> float:
+    """Bits a weight that SplitQ stores in a square site beside the main ones: U, V and the outliers' higher width."""
+    correction, split = config.correction, config.split
+    factors = 2 * max(correction.cws_ratio, correction.mac_ratio) * correction.bits
+    return factors + 2 * split.ratio * (split.bits - config.bits)
 
 
 def _options(config: QuantConfig) -> Iterator[tuple[str, QuantConfig]]:

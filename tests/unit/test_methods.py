@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from splitq_edge.methods.ablation import ablation_recipes
 from splitq_edge.methods.registry import METHODS, method_config
 from splitq_edge.modules.split_linear import SplitLinear
 
+MODELS = Path(__file__).resolve().parents[2] / "models"
 NO_SPLIT, NO_CORRECTION = SplitConfig(ratio=0), CorrectionConfig(cws_ratio=0, mac_ratio=0)
 NEAREST = {
     "transform": "identity",
@@ -152,6 +154,18 @@ def test_option_rows_change_one_setting_each(scheme: str) -> None:
         before, after = flat(config), flat(recipe)
         assert {name for name in before if before[name] != after[name]} == {setting}, label
         assert str(after[setting]) == value
+
+
+@pytest.mark.parametrize("scheme", list(PRESETS))
+def test_peers_of_equal_bits_have_no_fewer_than_splitq(scheme: str) -> None:
+    recipes = ablation_recipes(preset(scheme), "bits")
+    assert recipes.pop("splitq") == preset(scheme)
+    assert len(recipes) == 3
+    rows = json.loads((MODELS / "easyvqa-tiny" / "results.json").read_text(encoding="utf-8"))["rows"]
+    (measured,) = (row["effective_bits"] for row in rows if (row["method"], row["scheme"]) == ("splitq", scheme))
+    for label, recipe in recipes.items():
+        assert recipe.split.ratio == recipe.correction.cws_ratio == recipe.correction.mac_ratio == 0, label
+        assert measured <= recipe.bits + 32 / recipe.group_size <= measured + 0.3, label
 
 
 def flat(config: QuantConfig) -> dict[str, Any]:
