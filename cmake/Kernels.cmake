@@ -45,6 +45,8 @@ unset(CMAKE_REQUIRED_FLAGS)
 
 function(splitq_add_kernels name)
   set(sources
+    attention/attention.cc
+    attention/table.cc
     cpu/features.cc
     gate/swiglu.cc
     gemm/scalar.cc
@@ -73,7 +75,8 @@ function(splitq_add_kernels name)
     quantize/avx2_rows.cc
   )
   set(avx2_fma quantize/avx2_product.cc)
-  set(avx2_gate gate/avx2_swiglu.cc)
+  set(avx2_gate attention/avx2_attention.cc gate/avx2_swiglu.cc)
+  set(avx512vnni_loops attention/avx512vnni_attention.cc)
   set(avx512vnni gemm/avx512vnni.cc quantize/avx512vnni_product.cc quantize/avx512vnni_rows.cc)
   set(neon
     gemm/neon_gemm.cc
@@ -91,9 +94,11 @@ function(splitq_add_kernels name)
   list(TRANSFORM dotprod PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM i8mm PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx512vnni PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM avx512vnni_loops PREPEND ${SPLITQ_KERNEL_DIR}/)
   add_library(${name} OBJECT ${sources})
   if(NOT MSVC)  # its loop has a minimum and a maximum, which GCC else leaves as branches
-    set_source_files_properties(${SPLITQ_KERNEL_DIR}/gate/swiglu.cc PROPERTIES
+    set_source_files_properties(${SPLITQ_KERNEL_DIR}/attention/table.cc
+      ${SPLITQ_KERNEL_DIR}/gate/swiglu.cc PROPERTIES
       COMPILE_OPTIONS -fno-trapping-math)
   endif()
   if(SPLITQ_HAS_AVX2)
@@ -120,10 +125,13 @@ function(splitq_add_kernels name)
     target_compile_definitions(${name} PRIVATE SPLITQ_NEON)
   endif()
   if(SPLITQ_HAS_AVX512VNNI)
-    target_sources(${name} PRIVATE ${avx512vnni})
+    target_sources(${name} PRIVATE ${avx512vnni} ${avx512vnni_loops})
     # GCC takes the undefined operands inside its own intrinsics for a mistake.
+    set(quiet "-Wno-uninitialized;-Wno-maybe-uninitialized")
     set_source_files_properties(${avx512vnni} PROPERTIES COMPILE_OPTIONS
-      "${SPLITQ_AVX512VNNI_FLAGS};-fno-exceptions;-Wno-uninitialized;-Wno-maybe-uninitialized")
+      "${SPLITQ_AVX512VNNI_FLAGS};-fno-exceptions;${quiet}")
+    set_source_files_properties(${avx512vnni_loops} PROPERTIES COMPILE_OPTIONS
+      "${SPLITQ_AVX512VNNI_FLAGS};-mprefer-vector-width=512;-fno-exceptions;-fno-trapping-math;${quiet}")
     target_compile_definitions(${name} PRIVATE SPLITQ_AVX512VNNI)
   endif()
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)

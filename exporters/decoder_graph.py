@@ -15,6 +15,7 @@ from splitq_edge.exporters.nodes import Spec
 from splitq_edge.exporters.onnx_export import check_axes, trace
 from splitq_edge.exporters.parts import CacheShape, Decoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
+from splitq_edge.exporters.passes.cache_attention import cache_attention
 from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.passes.fuse_attention import fuse_attention
 from splitq_edge.exporters.passes.fuse_norm import fuse_norms
@@ -114,8 +115,8 @@ def finish_decoder(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bo
         return
     expand_sites(model, sites, packed=packed)
     specs: list[Spec] = [site_spec(site, packed=packed) for site in sites.values()]
-    attach_functions(model, [*specs, *fuse_swiglu(model)])
     pack_attention(model)
+    attach_functions(model, [*specs, *fuse_swiglu(model), *cache_attention(model)])
     RemoveUnusedNodesPass()(model)
 
 

@@ -12,6 +12,7 @@ from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.specs import (
     DOMAIN,
     VERSION,
+    CachedAttentionSpec,
     ChannelSplitQuantizeSpec,
     CrossModalCorrectionSpec,
     Spec,
@@ -23,6 +24,7 @@ from splitq_edge.runtime_ops.packing import int4_bytes, pack
 __all__ = [
     "DOMAIN",
     "VERSION",
+    "CachedAttentionSpec",
     "ChannelSplitQuantizeSpec",
     "CrossModalCorrectionSpec",
     "Spec",

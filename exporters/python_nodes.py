@@ -61,11 +61,16 @@ def rewrite(model: onnx.ModelProto, folder: Path) -> tuple[bytes, list[PythonNod
     """
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = [_rewritten(node, tensors, folder) for node in graph.node if node.domain == DOMAIN]
+    nodes = [
+        _rewritten(node, tensors, folder)
+        for node in graph.node
+        if node.domain == DOMAIN and node.op_type in CONTRACTS  # others run as their bodies
+    ]
     needed = {name for node in _nodes(graph) for name in node.input} | {value.name for value in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in needed]
-    functions = [function for function in model.functions if function.domain != DOMAIN]
-    opsets = [opset for opset in model.opset_import if opset.domain != DOMAIN]
+    left = {node.op_type for node in graph.node if node.domain == DOMAIN}
+    functions = [function for function in model.functions if function.domain != DOMAIN or function.name in left]
+    opsets = [opset for opset in model.opset_import if opset.domain != DOMAIN or left]
     del graph.initializer[:], model.functions[:], model.opset_import[:]
     graph.initializer.extend(kept)
     model.functions.extend(functions)

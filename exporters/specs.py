@@ -397,7 +397,76 @@ class SwiGLUSpec:
         return {"N": self.N}
 
 
-Spec = SplitQLinearSpec | ChannelSplitQuantizeSpec | CrossModalCorrectionSpec | SwiGLUSpec
+@dataclass(frozen=True, kw_only=True)
+class CachedAttentionSpec:
+    """All that a `CachedAttention` node states.
+
+    Attributes:
+        num_heads: of the queries, a multiple of kv_num_heads.
+        kv_num_heads: of keys and values.
+        head_size: channels of a head, even.
+        scale: of the scores.
+
+    Raises:
+        SplitQError: a number is below 1, or heads or their size do not divide.
+    """
+
+    num_heads: int
+    kv_num_heads: int
+    head_size: int
+    scale: float
+
+    op_type: ClassVar[str] = "CachedAttention"
+    inputs: ClassVar[tuple[str, ...]] = (
+        "qkv",
+        "past_key",
+        "past_value",
+        "last_key",
+        "total_length",
+        "cosine",
+        "sine",
+        "position_ids",
+        "bias",
+        "new_tokens",
+    )
+    outputs: ClassVar[tuple[str, ...]] = ("y", "present_key", "present_value")
+    overload: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_heads", "kv_num_heads", "head_size")
+        if self.num_heads % self.kv_num_heads or self.head_size % 2:
+            raise SplitQError(
+                "CachedAttention: expected num_heads a multiple of kv_num_heads and an even head_size, got "
+                f"{self.num_heads}, {self.kv_num_heads} and {self.head_size}; correct the model's configuration"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Of the input qkv."""
+        return (self.num_heads + 2 * self.kv_num_heads) * self.head_size
+
+    @property
+    def present_inputs(self) -> tuple[str, ...]:
+        """The inputs the node takes."""
+        return self.inputs
+
+    @property
+    def present_outputs(self) -> tuple[str, ...]:
+        """The outputs the node gives."""
+        return self.outputs
+
+    @property
+    def attributes(self) -> dict[str, int | float]:
+        """The attributes of the node, all of them."""
+        return {
+            "num_heads": self.num_heads,
+            "kv_num_heads": self.kv_num_heads,
+            "head_size": self.head_size,
+            "scale": self.scale,
+        }
+
+
+Spec = SplitQLinearSpec | ChannelSplitQuantizeSpec | CrossModalCorrectionSpec | SwiGLUSpec | CachedAttentionSpec
 
 
 def _takes_split_input(spec: ChannelSplitQuantizeSpec, name: str) -> bool:

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 
 from onnx import FunctionProto
 
+from splitq_edge.exporters.functions.cached_attention import cached_attention_function
 from splitq_edge.exporters.functions.correction import correction_function, correction_structure
 from splitq_edge.exporters.functions.linear import linear_function, nested_correction
 from splitq_edge.exporters.functions.quantize import quantize_function, quantize_structure
 from splitq_edge.exporters.functions.swiglu import swiglu_function
 from splitq_edge.exporters.specs import (
+    CachedAttentionSpec,
     ChannelSplitQuantizeSpec,
     CrossModalCorrectionSpec,
     Spec,
@@ -78,6 +80,8 @@ def _top_level(spec: Spec, nested: _Nested) -> FunctionProto:
         )
     if isinstance(spec, SwiGLUSpec):
         return swiglu_function(spec)
+    if isinstance(spec, CachedAttentionSpec):
+        return cached_attention_function(spec)
     if isinstance(spec, ChannelSplitQuantizeSpec):
         return quantize_function(spec, spec.op_type, overload=spec.overload)
     return correction_function(spec, spec.op_type, overload=spec.overload)

@@ -1,5 +1,7 @@
 #include "ops/node.h"
 
+#include <cmath>
+
 #include "pack/layout.h"
 
 namespace splitq::ops {
@@ -76,6 +78,17 @@ int Node::BitWidth(const char* attribute, std::optional<int64_t> fallback) const
          kExportAgain);
   }
   return static_cast<int>(bits);
+}
+
+float Node::Float(const char* attribute) const {
+  float value = 0;
+  if (!Succeeded(api_, api_.KernelInfoGetAttribute_float(info_, attribute, &value))) {
+    Fail("float attribute " + Quoted(attribute), "none or another type", kExportAgain);
+  }
+  if (!std::isfinite(value)) {
+    Fail("finite attribute " + Quoted(attribute), std::to_string(value), kExportAgain);
+  }
+  return value;
 }
 
 std::vector<int64_t> Node::Ints(const char* attribute) const {

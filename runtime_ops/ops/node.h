@@ -27,6 +27,8 @@ class Node {
   int64_t Int(const char* attribute, int64_t low, int64_t high,
               std::optional<int64_t> fallback = std::nullopt) const;
   int BitWidth(const char* attribute, std::optional<int64_t> fallback = std::nullopt) const;
+  // A finite number.
+  float Float(const char* attribute) const;
   std::vector<int64_t> Ints(const char* attribute) const;
   std::string String(const char* attribute, const char* fallback) const;
 

@@ -9,6 +9,7 @@ namespace splitq::ops {
 
 inline constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 inline constexpr auto kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+inline constexpr auto kInt64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 inline constexpr auto kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
 // "Any" to ONNX Runtime: weights are INT4, INT8 or UINT8, which their reader checks.
 inline constexpr auto kWeightCodes = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/features.h"
+#include "ops/attention_op.h"
 #include "ops/channel_split_op.h"
 #include "ops/correction_op.h"
 #include "ops/split_linear_op.h"
@@ -34,12 +35,14 @@ struct Domain {
         linear(runtime, infer_shapes),
         channel_split(runtime, infer_shapes),
         correction(runtime, infer_shapes),
-        swiglu(runtime, infer_shapes) {
+        swiglu(runtime, infer_shapes),
+        attention(runtime, infer_shapes) {
     Check(api, api.CreateCustomOpDomain("ai.splitq", &handle));
     Check(api, api.CustomOpDomain_Add(handle, &linear));
     Check(api, api.CustomOpDomain_Add(handle, &channel_split));
     Check(api, api.CustomOpDomain_Add(handle, &correction));
     Check(api, api.CustomOpDomain_Add(handle, &swiglu));
+    Check(api, api.CustomOpDomain_Add(handle, &attention));
   }
 
   const OrtApi& api;
@@ -47,6 +50,7 @@ struct Domain {
   CustomOp<ChannelSplitKernel> channel_split;
   CustomOp<CorrectionKernel> correction;
   CustomOp<SwiGluOp> swiglu;
+  CustomOp<CachedAttentionOp> attention;
   OrtCustomOpDomain* handle = nullptr;
 };
 

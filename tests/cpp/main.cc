@@ -16,6 +16,7 @@ int main(int count, char** arguments) {
     test::TestGemm(AllKernels(), choice.isa, report);
     test::TestRows(choice.isa, report);
     test::TestTerms(choice.isa, report);
+    test::TestAttention(choice.isa, report);
     test::TestGates(choice.isa, report);
     test::TestLayers(choice.isa, report);
     test::TestPayloads(report);

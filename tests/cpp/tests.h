@@ -11,6 +11,7 @@ namespace splitq::test {
 void TestGemm(List<GemmKernel> kernels, Isa isa, Report& report);
 void TestRows(Isa isa, Report& report);
 void TestTerms(Isa isa, Report& report);
+void TestAttention(Isa isa, Report& report);
 void TestGates(Isa isa, Report& report);
 void TestLayers(Isa isa, Report& report);
 

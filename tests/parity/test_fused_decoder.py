@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from builders import CLOSED_FORM, VOCABULARY, calibrated, chat_batches, rng, tiny_loaded
+from builders import CLOSED_FORM, VOCABULARY, calibrated, chat_batches, rng, site_engines, tiny_loaded
 from torch import nn
 
 from splitq_edge.config import preset
@@ -45,9 +45,10 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return found
 
 
-@pytest.fixture(scope="module")
-def models(folders: dict[str, Path]) -> dict[str, ExportedModel]:
-    return {attention: ExportedModel(folder, native=False, threads=1) for attention, folder in folders.items()}
+@pytest.fixture(scope="module", params=site_engines())
+def models(folders: dict[str, Path], request: pytest.FixtureRequest) -> dict[str, ExportedModel]:
+    native = request.param == "native"
+    return {attention: ExportedModel(folder, native=native, threads=1) for attention, folder in folders.items()}
 
 
 def prompts() -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +62,8 @@ def prompts() -> tuple[np.ndarray, np.ndarray]:
 def test_fused_graphs_hold_one_attention_a_layer_and_no_loose_arithmetic(folders: dict[str, Path]) -> None:
     fused, standard = (onnx.load(str(folders[kind] / "decoder.onnx"), load_external_data=False) for kind in folders)
     kinds = [node.op_type for node in fused.graph.node]
-    assert kinds.count("GroupQueryAttention") == 2
+    quantized = any(node.domain == "ai.splitq" for node in fused.graph.node)
+    assert kinds.count("CachedAttention" if quantized else "GroupQueryAttention") == 2
     assert kinds.count("SkipSimplifiedLayerNormalization") == 4  # all but the first
     assert not {"Softmax", "Cos", "Transpose", "Range", "Squeeze"} & set(kinds)
     assert {node.domain for node in standard.graph.node} <= {"", "ai.splitq"}

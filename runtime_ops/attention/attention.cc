@@ -1,0 +1,236 @@
+// Two passes over tasks. First each key-value head: new keys and values go to the cache, keys and
+// queries turned by their positions. Then the scores, their softmax and the mean of the values.
+//
+// One or a few new tokens: each query with each key as it lies in the cache. Many: keys are first
+// turned round, a block at a time, so that a row of scores is a row of a product.
+#include "attention/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "include/scratch.h"
+#include "include/sizes.h"
+
+namespace splitq {
+namespace {
+
+constexpr int64_t kFewRows = 16;   // query rows of a key-value head that meet the keys as they lie
+constexpr int64_t kKeyBlock = 64;  // keys turned round together
+constexpr int64_t kTileRows = 32;  // query rows of a task
+constexpr int64_t kSerialWork = int64_t{1} << 17;  // multiplications one thread does at once
+
+struct Buffers {
+  bool few = false;
+  int64_t queries_size = 0;  // of a key-value head
+  float* queries = nullptr;  // [group, tokens, width]
+  int64_t turned_size = 0;   // of a key-value head
+  float* turned = nullptr;   // many: blocks of [width, kKeyBlock]
+  int64_t tile_size = 0;     // few: of a key-value head; many: of a worker
+  int64_t workers = 0;       // many: loops that take tiles
+  float* tiles = nullptr;
+};
+
+int64_t KeyBlocks(const AttentionData& data) { return CeilDiv(data.total, kKeyBlock); }
+
+// Query rows of a head that one task takes.
+int64_t RowTiles(const AttentionData& data) { return CeilDiv(data.tokens, kTileRows); }
+
+int64_t Tiles(const Attention& attention, const AttentionData& data) {
+  return data.batch * attention.heads * RowTiles(data);
+}
+
+Buffers TakeBuffers(const Attention& attention, const AttentionData& data, int64_t threads,
+                    Scratch& scratch) {
+  Buffers buffers;
+  const int64_t kv_heads = data.batch * attention.kv_heads;
+  const int64_t rows = attention.group() * data.tokens;
+  buffers.few = rows <= kFewRows;
+  buffers.queries_size = rows * attention.width;
+  buffers.queries = scratch.Take<float>(kv_heads * buffers.queries_size);
+  if (buffers.few) {
+    buffers.tile_size = rows * (data.total + attention.width);  // scores, the values' means
+    buffers.tiles = scratch.Take<float>(kv_heads * buffers.tile_size);
+  } else {
+    buffers.turned_size = KeyBlocks(data) * attention.width * kKeyBlock;
+    buffers.turned = scratch.Take<float>(kv_heads * buffers.turned_size);
+    // scores of a block, scores by row, the values' means
+    buffers.tile_size = kTileRows * (kKeyBlock + data.total + attention.width);
+    buffers.workers = std::min(Tiles(attention, data), threads);
+    buffers.tiles = scratch.Take<float>(buffers.workers * buffers.tile_size);
+  }
+  return buffers;
+}
+
+// out = x turned by the angles of a position, times a factor.
+void Turn(const float* x, const float* cosine, const float* sine, int64_t width, float factor,
+          float* out) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = x[i], high = x[i + half];
+    out[i] = (low * cosine[i] - high * sine[i]) * factor;
+    out[i + half] = (high * cosine[i] + low * sine[i]) * factor;
+  }
+}
+
+// Keys and values that are in the cache already, if present is another buffer.
+void CopyPast(const Attention& attention, const AttentionData& data, int64_t index) {
+  const int64_t past = data.total - data.tokens;
+  if (past == 0 || data.past_key == data.present_key) return;
+  const auto bytes = static_cast<size_t>(past * attention.width) * sizeof(float);
+  const int64_t from = index * data.past_capacity * attention.width;
+  const int64_t to = index * data.capacity * attention.width;
+  std::memcpy(data.present_key + to, data.past_key + from, bytes);
+  std::memcpy(data.present_value + to, data.past_value + from, bytes);
+}
+
+// [tokens of a block, width] -> [width, kKeyBlock], zeros behind the last.
+void TurnRound(const float* keys, int64_t count, int64_t width, float* out) {
+  for (int64_t i = 0; i < width; ++i) {
+    float* row = out + i * kKeyBlock;
+    for (int64_t key = 0; key < count; ++key) row[key] = keys[key * width + i];
+    std::fill(row + count, row + kKeyBlock, 0.0f);
+  }
+}
+
+// Everything of key-value head `index` (of batch * kv_heads) that the scores need.
+void Prepare(const Attention& attention, const AttentionData& data, const Buffers& buffers,
+             int64_t index) {
+  const int64_t width = attention.width, half = width / 2, group = attention.group();
+  const int64_t b = index / attention.kv_heads, kv = index % attention.kv_heads;
+  const int64_t past = data.total - data.tokens;
+  CopyPast(attention, data, index);
+  float* keys = data.present_key + index * data.capacity * width;
+  float* values = data.present_value + index * data.capacity * width;
+  float* queries = buffers.queries + index * buffers.queries_size;
+  for (int64_t s = 0; s < data.tokens; ++s) {
+    const int64_t token = b * data.tokens + s;
+    const float* row = data.qkv + token * attention.channels();
+    const float* cosine = data.cosine + data.positions[token] * half;
+    const float* sine = data.sine + data.positions[token] * half;
+    const float* key = row + (attention.heads + kv) * width;
+    Turn(key, cosine, sine, width, 1.0f, keys + (past + s) * width);
+    const float* value = row + (attention.heads + attention.kv_heads + kv) * width;
+    std::copy_n(value, width, values + (past + s) * width);
+    for (int64_t h = 0; h < group; ++h) {
+      const float* query = row + (kv * group + h) * width;
+      float* out = queries + (h * data.tokens + s) * width;
+      Turn(query, cosine, sine, width, attention.scale, out);
+    }
+  }
+  if (buffers.few) return;
+  float* turned = buffers.turned + index * buffers.turned_size;
+  for (int64_t block = 0; block < KeyBlocks(data); ++block) {
+    const int64_t first = block * kKeyBlock;
+    TurnRound(keys + first * width, std::min(kKeyBlock, data.total - first), width,
+              turned + block * width * kKeyBlock);
+  }
+}
+
+const float* BiasOf(const AttentionData& data, int64_t b, int64_t s) {
+  return data.bias + b * data.bias_step + s * data.total;
+}
+
+void StoreMean(const Attention& attention, const AttentionData& data, int64_t b, int64_t head,
+               int64_t s, const float* mean) {
+  float* y = data.y + ((b * data.tokens + s) * attention.heads + head) * attention.width;
+  std::copy_n(mean, attention.width, y);
+}
+
+// Softmax of a row over the keys that token s sees; zeros behind.
+void Weigh(const Attention& attention, const AttentionData& data, int64_t b, int64_t s,
+           float* row) {
+  const int64_t seen = data.total - data.tokens + s + 1;
+  attention.loops->softmax(row, BiasOf(data, b, s), seen);
+  std::fill(row + seen, row + data.total, 0.0f);
+}
+
+// All queries of a key-value head.
+void AttendFew(const Attention& attention, const AttentionData& data, const Buffers& buffers,
+               int64_t index) {
+  const int64_t width = attention.width, total = data.total;
+  const int64_t b = index / attention.kv_heads, kv = index % attention.kv_heads;
+  const int64_t rows = attention.group() * data.tokens;
+  float* scores = buffers.tiles + index * buffers.tile_size;
+  float* means = scores + rows * total;
+  const float* keys = data.present_key + index * data.capacity * width;
+  const float* values = data.present_value + index * data.capacity * width;
+  const float* queries = buffers.queries + index * buffers.queries_size;
+  attention.loops->score(queries, rows, keys, width, total, scores, total);
+  for (int64_t row = 0; row < rows; ++row) {
+    Weigh(attention, data, b, row % data.tokens, scores + row * total);
+  }
+  attention.loops->mean(scores, total, rows, values, width, total, means);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t head = kv * attention.group() + row / data.tokens;
+    StoreMean(attention, data, b, head, row % data.tokens, means + row * width);
+  }
+}
+
+// Some rows of one query head. memory: [tile_size]
+void AttendTile(const Attention& attention, const AttentionData& data, const Buffers& buffers,
+                int64_t task, float* memory) {
+  const int64_t width = attention.width, total = data.total;
+  const int64_t tiles = RowTiles(data);
+  const int64_t first = (tiles - 1 - task % tiles) * kTileRows;  // the longest rows first
+  const int64_t b = task / tiles / attention.heads, head = task / tiles % attention.heads;
+  const int64_t index = b * attention.kv_heads + head / attention.group();
+  const int64_t rows = std::min(kTileRows, data.tokens - first);
+  const int64_t seen = total - data.tokens + first + rows;  // by the tile's last token
+  float* block_scores = memory;
+  float* scores = block_scores + kTileRows * kKeyBlock;
+  float* means = scores + kTileRows * total;
+  const float* queries = buffers.queries + index * buffers.queries_size +
+                         (head % attention.group() * data.tokens + first) * width;
+  const float* turned = buffers.turned + index * buffers.turned_size;
+  for (int64_t key = 0; key < seen; key += kKeyBlock, turned += width * kKeyBlock) {
+    attention.kernels->multiply(
+        {queries, width, 1, turned, rows, width, kKeyBlock, block_scores, nullptr});
+    const int64_t count = std::min(kKeyBlock, total - key);
+    for (int64_t row = 0; row < rows; ++row) {
+      std::copy_n(block_scores + row * kKeyBlock, count, scores + row * total + key);
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    Weigh(attention, data, b, first + row, scores + row * total);
+  }
+  const float* values = data.present_value + index * data.capacity * width;
+  attention.kernels->multiply({scores, total, 1, values, rows, seen, width, means, nullptr});
+  for (int64_t row = 0; row < rows; ++row) {
+    StoreMean(attention, data, b, head, first + row, means + row * width);
+  }
+}
+
+}  // namespace
+
+int64_t ScratchBytes(const Attention& attention, const AttentionData& data,
+                     const ParallelFor& parallel) {
+  Scratch scratch;
+  TakeBuffers(attention, data, parallel.threads(), scratch);
+  return scratch.used() + Scratch::kAlign;
+}
+
+void RunAttention(const Attention& attention, const AttentionData& data, void* memory,
+                  const ParallelFor& parallel) {
+  Scratch scratch(memory);
+  const Buffers buffers = TakeBuffers(attention, data, parallel.threads(), scratch);
+  const int64_t kv_heads = data.batch * attention.kv_heads;
+  const int64_t work = 2 * data.batch * attention.heads * data.tokens * data.total;
+  const bool serial = work * attention.width < kSerialWork;
+  parallel(kv_heads, serial || buffers.few,
+           [&](int64_t index) { Prepare(attention, data, buffers, index); });
+  if (buffers.few) {
+    parallel(kv_heads, serial, [&](int64_t index) { AttendFew(attention, data, buffers, index); });
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  parallel(buffers.workers, serial, [&](int64_t worker) {
+    float* own = buffers.tiles + worker * buffers.tile_size;
+    int64_t task;
+    while ((task = next.fetch_add(1, std::memory_order_relaxed)) < Tiles(attention, data)) {
+      AttendTile(attention, data, buffers, task, own);
+    }
+  });
+}
+
+}  // namespace splitq

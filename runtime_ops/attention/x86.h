@@ -1,0 +1,20 @@
+// Attention for x86-64.
+#pragma once
+
+#include <cstdint>
+
+namespace splitq {
+
+void ScoreAvx2(const float* queries, int64_t rows, const float* keys, int64_t width, int64_t count,
+               float* scores, int64_t stride);
+void MeanAvx2(const float* weights, int64_t stride, int64_t rows, const float* values,
+              int64_t width, int64_t count, float* means);
+void SoftmaxAvx2(float* row, const float* bias, int64_t count);
+
+void ScoreAvx512Vnni(const float* queries, int64_t rows, const float* keys, int64_t width,
+                     int64_t count, float* scores, int64_t stride);
+void MeanAvx512Vnni(const float* weights, int64_t stride, int64_t rows, const float* values,
+                    int64_t width, int64_t count, float* means);
+void SoftmaxAvx512Vnni(float* row, const float* bias, int64_t count);
+
+}  // namespace splitq

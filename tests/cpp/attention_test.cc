@@ -1,0 +1,149 @@
+// The loops of attention against their equations in double.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attention/kernel.h"
+#include "tests.h"
+
+namespace splitq::test {
+namespace {
+
+constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
+
+struct Sizes {
+  int64_t rows, width, count;
+};
+
+void Fill(GuardedArray<float>& array, int64_t size, std::mt19937& random) {
+  for (int64_t i = 0; i < size; ++i) {
+    array[i] = static_cast<float>(Draw(random, -30000, 30000)) / 7919.0f;
+  }
+}
+
+// Of a sum of so many products: the rounding of each, whatever the order.
+bool Near(double got, double want, double magnitude, int64_t terms) {
+  return std::fabs(got - want) <= static_cast<double>(terms + 2) * kEpsilon * magnitude;
+}
+
+void TestScores(const AttentionKernels& kernels, const Sizes& sizes, std::mt19937& random,
+                Report& report) {
+  const int64_t stride = sizes.count + 3;
+  GuardedArray<float> queries(sizes.rows * sizes.width), keys(sizes.count * sizes.width);
+  GuardedArray<float> scores(sizes.rows * stride);
+  Fill(queries, sizes.rows * sizes.width, random);
+  Fill(keys, sizes.count * sizes.width, random);
+  for (int64_t i = 0; i < sizes.rows * stride; ++i) scores[i] = -7.0f;
+  kernels.score(queries.data(), sizes.rows, keys.data(), sizes.width, sizes.count, scores.data(),
+                stride);
+  bool good = scores.Intact() && keys.Intact() && queries.Intact();
+  for (int64_t row = 0; row < sizes.rows; ++row) {
+    for (int64_t i = 0; i < stride; ++i) {
+      const float got = scores[row * stride + i];
+      if (i >= sizes.count) {  // what lies between the rows is not ours
+        good = good && got == -7.0f;
+        continue;
+      }
+      double want = 0.0, magnitude = 0.0;
+      for (int64_t k = 0; k < sizes.width; ++k) {
+        const double term = double{queries[row * sizes.width + k]} * keys[i * sizes.width + k];
+        want += term;
+        magnitude += std::fabs(term);
+      }
+      good = good && Near(got, want, magnitude, sizes.width);
+    }
+  }
+  report.Check(good, "%s: scores of %d rows, %d channels, %d keys", kernels.name,
+               static_cast<int>(sizes.rows), static_cast<int>(sizes.width),
+               static_cast<int>(sizes.count));
+}
+
+void TestMeans(const AttentionKernels& kernels, const Sizes& sizes, std::mt19937& random,
+               Report& report) {
+  const int64_t stride = sizes.count + 5;
+  GuardedArray<float> weights(sizes.rows * stride), values(sizes.count * sizes.width);
+  GuardedArray<float> means(sizes.rows * sizes.width);
+  Fill(weights, sizes.rows * stride, random);
+  Fill(values, sizes.count * sizes.width, random);
+  kernels.mean(weights.data(), stride, sizes.rows, values.data(), sizes.width, sizes.count,
+               means.data());
+  bool good = means.Intact() && values.Intact() && weights.Intact();
+  for (int64_t row = 0; row < sizes.rows; ++row) {
+    for (int64_t k = 0; k < sizes.width; ++k) {
+      double want = 0.0, magnitude = 0.0;
+      for (int64_t i = 0; i < sizes.count; ++i) {
+        const double term = double{weights[row * stride + i]} * values[i * sizes.width + k];
+        want += term;
+        magnitude += std::fabs(term);
+      }
+      good = good && Near(means[row * sizes.width + k], want, magnitude, sizes.count);
+    }
+  }
+  report.Check(good, "%s: means of %d rows, %d channels, %d keys", kernels.name,
+               static_cast<int>(sizes.rows), static_cast<int>(sizes.width),
+               static_cast<int>(sizes.count));
+}
+
+void TestSoftmax(const AttentionKernels& kernels, int64_t count, std::mt19937& random,
+                 Report& report) {
+  GuardedArray<float> row(count), bias(count);
+  std::vector<double> want(static_cast<size_t>(count));
+  Fill(row, count, random);
+  double highest = -1e300, total = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    bias[i] = i % 5 == 3 && count > 4 ? -1e30f : 0.25f;  // padding between tokens
+    want[static_cast<size_t>(i)] = static_cast<double>(row[i] + bias[i]);
+    highest = std::fmax(highest, want[static_cast<size_t>(i)]);
+  }
+  for (double& score : want) total += score = std::exp(score - highest);
+  kernels.softmax(row.data(), bias.data(), count);
+  bool good = row.Intact() && bias.Intact();
+  for (int64_t i = 0; i < count; ++i) {
+    const double right = want[static_cast<size_t>(i)] / total;
+    good = good && std::fabs(row[i] - right) <= (16 + count / 8) * kEpsilon * right + 1e-37;
+  }
+  report.Check(good, "%s: softmax of %d", kernels.name, static_cast<int>(count));
+}
+
+// A row that padding hides whole, and one with a NaN: numbers, and no crash.
+void TestSpecial(const AttentionKernels& kernels, Report& report) {
+  constexpr int64_t kCount = 37;
+  for (const float value :
+       {0.0f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    GuardedArray<float> row(kCount), bias(kCount);
+    for (int64_t i = 0; i < kCount; ++i) {
+      row[i] = 1.0f;
+      bias[i] = -1e30f;
+    }
+    row[20] += value;
+    kernels.softmax(row.data(), bias.data(), kCount);
+    bool good = row.Intact();
+    for (int64_t i = 0; i < kCount && value == 0.0f; ++i) {
+      good = good && std::fabs(row[i] - 1.0f / kCount) < 1e-6f;
+    }
+    report.Check(good, "%s: softmax with %g", kernels.name, static_cast<double>(value));
+  }
+}
+
+}  // namespace
+
+void TestAttention(Isa isa, Report& report) {
+  std::mt19937 random(6);
+  for (const AttentionKernels& kernels : AllAttentionKernels()) {
+    if (kernels.isa > isa) continue;
+    std::printf("%s\n", kernels.name);
+    for (int64_t rows = 1; rows <= 9; ++rows) {
+      for (const int64_t width : {1, 2, 15, 16, 17, 31, 64, 66, 80, 128, 130}) {
+        for (const int64_t count : {1, 3, 4, 5, 18, 67}) {
+          TestScores(kernels, {rows, width, count}, random, report);
+          TestMeans(kernels, {rows, width, count}, random, report);
+        }
+      }
+    }
+    for (int64_t count = 1; count < 70; ++count) TestSoftmax(kernels, count, random, report);
+    TestSoftmax(kernels, 1000, random, report);
+    TestSpecial(kernels, report);
+  }
+}
+
+}  // namespace splitq::test
