@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,7 +17,24 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Settings under which the factors mean more than a product to add, with the value that says they do not.
-PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "fan_in_fan_out": False, "layer_replication": None}
+PLAIN = {
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "use_qalora": False,
+    "use_bdlora": False,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
+# Starts of the factors that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) take a part out of
+# it: their factors belong to a base that is in no file.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+T = TypeVar("T")
+FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 class LoraAdapter:
@@ -35,19 +52,22 @@ class LoraAdapter:
     def __init__(self, folder: Path, rename: Callable[[str], str], weights: Mapping[str, torch.Tensor]) -> None:
         self._file = folder / WEIGHTS_FILE
         self._config = read_adapter_config(folder)
-        for setting, plain in PLAIN.items():
-            if self._config.get(setting, plain) not in (plain, None):
-                raise SplitQError(
-                    f"{folder / CONFIG_FILE}: expected {setting} {plain}, got {self._config[setting]}; "
-                    "merge the adapter with peft (merge_and_unload, save_pretrained) and give the merged model"
-                )
+        _check_plain(folder / CONFIG_FILE, self._config)
+        self._alpha = _number(folder / CONFIG_FILE, "lora_alpha", self._config.get("lora_alpha", 1))
+        self._alphas = _pattern(folder / CONFIG_FILE, self._config, "alpha_pattern")
+        self._rank = _rank(folder / CONFIG_FILE, self._config)
+        self._ranks = _pattern(folder / CONFIG_FILE, self._config, "rank_pattern")
         self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._modules: dict[str, str] = {}  # weight's name -> module as the adapter names it
         self._whole: dict[str, torch.Tensor] = {}
         tensors = _read(self._file)
+        if not tensors:
+            raise SplitQError(
+                f"{self._file}: expected the factors of an adapter, got no tensor; save it with peft again"
+            )
         for key in sorted(tensors):
             module, kind = key.removeprefix(PREFIX), ""
-            for found in (".lora_A.weight", ".lora_B.weight"):
+            for found in FACTORS:
                 if key.endswith(found):
                     module, kind = module.removesuffix(found), found
             if "lora_" in module:
@@ -58,6 +78,12 @@ class LoraAdapter:
                 name = rename(f"{module}.weight")
                 other = tensors.get(key.replace(".lora_A.", ".lora_B."))
                 self._factors[name], self._modules[name] = self._pair(key, tensors[key], other), module
+                self._check_rank(key, module, tensors[key].shape[0])
+            elif kind and key.replace(".lora_B.", ".lora_A.") not in tensors:
+                raise SplitQError(
+                    f"{self._file}: expected lora_A beside {key} {list(tensors[key].shape)}, got none; "
+                    "save the adapter again"
+                )
             elif not kind:
                 self._whole[rename(module)] = tensors[key]
         self._check(weights)
@@ -94,17 +120,29 @@ class LoraAdapter:
             )
         return down, up
 
+    def _check_rank(self, key: str, module: str, found: int) -> None:
+        """The scale is alpha by rank: factors of another rank than the settings say are another run's."""
+        rank = _chosen(self._ranks, module, self._rank)
+        if rank is not None and rank != found:
+            raise SplitQError(
+                f"{self._file}: expected {key} of rank {rank:g}, as {CONFIG_FILE} says (r, rank_pattern), got {found}; "
+                "give the settings that were saved with these factors"
+            )
+
     def _scale(self, module: str, rank: int) -> float:
         """Of a module's product; peft lets a pattern at the end of its name choose alpha."""
-        alpha = float(self._config.get("lora_alpha", 1))
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = float(value)
-                break
+        alpha = _chosen(self._alphas, module, self._alpha)
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _check(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Every changed weight must be the model's, of the same shape, and used once."""
+        """Every changed weight must be the model's, of the same shape, and used once; those trained whole are there."""
+        for module in self._config.get("modules_to_save") or ():
+            there = [name for name in weights if name.rpartition(".")[0].endswith(str(module))]
+            if there and not any(name in self._whole for name in there):
+                raise SplitQError(
+                    f"{self._file}: expected {there[0]}, which {CONFIG_FILE} says was trained whole (modules_to_save), "
+                    "got none; save the adapter again"
+                )
         shapes = {name: [up.shape[0], down.shape[1]] for name, (down, up) in self._factors.items()}
         shapes |= {name: list(tensor.shape) for name, tensor in self._whole.items()}
         for name, shape in shapes.items():
@@ -119,6 +157,65 @@ class LoraAdapter:
                 raise SplitQError(
                     f"{self._file}: expected no change to {name}, which is also {shared[0]}; merge it with peft"
                 )
+
+
+def _check_plain(path: Path, config: dict[str, Any]) -> None:
+    """See that the adapter means `base + scale * B A`.
+
+    Raises:
+        SplitQError: a setting says that it means something else.
+    """
+    for setting, plain in PLAIN.items():
+        got = config.get(setting)
+        if got != plain and got not in (None, [], {}, False):
+            raise SplitQError(
+                f"{path}: expected {setting} {plain}, got {got}; "
+                "merge the adapter with peft (merge_and_unload, save_pretrained) and give the merged model"
+            )
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise SplitQError(
+            f"{path}: expected factors that started beside the base as it is, got init_lora_weights {start}, which "
+            "changes the base too; merge the adapter with peft (merge_and_unload, save_pretrained) and give the merged "
+            "model, or save it with path_initial_model_for_weight_conversion"
+        )
+
+
+def _number(path: Path, setting: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SplitQError(f"{path}: expected a number as {setting}, got {value!r}; mend the settings")
+    return float(value)
+
+
+def _rank(path: Path, config: dict[str, Any]) -> float | None:
+    """Of modules that no pattern names; None: the settings do not say."""
+    return None if config.get("r") is None else _number(path, "r", config["r"])
+
+
+def _pattern(path: Path, config: dict[str, Any], setting: str) -> dict[re.Pattern[str], float]:
+    """A setting that gives modules, chosen by the end of their names, numbers of their own.
+
+    Raises:
+        SplitQError: it is no mapping, or a key is no regular expression, or a value no number.
+    """
+    given = config.get(setting) or {}
+    if not isinstance(given, dict):
+        raise SplitQError(f"{path}: expected {setting} from module names to numbers, got {given!r}; mend the settings")
+    found = {}
+    for pattern, value in given.items():
+        try:
+            compiled = re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise SplitQError(
+                f"{path}: expected a regular expression in {setting}, got {pattern!r} ({error}); mend the settings"
+            ) from error
+        found[compiled] = _number(path, f"{setting} of {pattern!r}", value)
+    return found
+
+
+def _chosen(patterns: dict[re.Pattern[str], float], module: str, default: T) -> float | T:
+    """The number of the first pattern that names the module."""
+    return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def test_weights_are_the_bases_and_the_scaled_products(
 @pytest.mark.parametrize("lazy", [False, True])
 def test_weights_that_were_trained_whole_take_the_place_of_the_bases(base: Path, tmp_path: Path, lazy: bool) -> None:
     head = torch.randn(272, 96, generator=rng())
-    adapter = write_adapter(tmp_path / "adapter", base, {"base_model.model.lm_head.weight": head})
+    whole = {"base_model.model.lm_head.weight": head}
+    adapter = write_adapter(tmp_path / "adapter", base, whole, modules_to_save=["lm_head"])
     assert torch.equal(weights_of(load_model(str(base), lazy=lazy, adapter=str(adapter)))["lm_head.weight"], head)
 
 
@@ -100,6 +101,22 @@ def test_an_adapters_folder_is_a_model_by_itself(base: Path, tmp_path: Path, rel
     assert all(torch.equal(value, whole[name]) for name, value in weights_of(alone).items())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "modules_to_save": ["classifier", "score"]},
+        {"init_lora_weights": True, "target_parameters": [], "trainable_token_indices": None, "loftq_config": {}},
+        {"r": 9, "rank_pattern": {"up_proj": RANK, "layers.0.self_attn.q_proj": RANK, "fc1": RANK}},
+    ],
+)
+def test_settings_that_change_no_weight_are_merged_as_without(
+    base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    plain = weights_of(load_model(str(base), adapter=str(write_adapter(tmp_path / "plain", base))))
+    found = weights_of(load_model(str(base), adapter=str(write_adapter(tmp_path / "other", base, **settings))))
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
 def one(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**factors(), key: tensor}
 
@@ -109,6 +126,33 @@ def one(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     [
         (None, {"use_dora": True}, "expected use_dora False, got True; merge the adapter with peft"),
         (None, {"bias": "all"}, "expected bias none, got all"),
+        (None, {"use_qalora": True}, "expected use_qalora False, got True"),
+        (None, {"layer_replication": [[0, 2], [1, 2]]}, "expected layer_replication None, got"),
+        (None, {"alora_invocation_tokens": [5, 6]}, r"expected alora_invocation_tokens None, got \[5, 6\]; merge"),
+        (None, {"trainable_token_indices": [5]}, "expected trainable_token_indices None"),
+        (None, {"target_parameters": ["mlp.experts"]}, "expected target_parameters None"),
+        (None, {"arrow_config": {"top_k": 3}}, "expected arrow_config None"),
+        (
+            None,
+            {"init_lora_weights": "pissa"},
+            "got init_lora_weights pissa, .*; merge .* or save it with path_initial",
+        ),
+        (None, {"init_lora_weights": "pissa_niter_4"}, "got init_lora_weights pissa_niter_4"),
+        (None, {"init_lora_weights": "olora"}, "got init_lora_weights olora"),
+        (None, {"init_lora_weights": "corda"}, "got init_lora_weights corda"),
+        (None, {"init_lora_weights": "loftq"}, "got init_lora_weights loftq"),
+        (None, {"r": 16}, "expected .*lora_A.weight of rank 16, as adapter_config.json says .* got 4"),
+        (None, {"rank_pattern": {"up_proj": 2}}, f"expected {OLD}.lora_A.weight of rank 2, .* got 4"),
+        (None, {"r": "4"}, "expected a number as r, got '4'; mend"),
+        (None, {"lora_alpha": None}, "expected a number as lora_alpha, got None; mend"),
+        (None, {"lora_alpha": "8"}, "expected a number as lora_alpha, got '8'; mend"),
+        (None, {"alpha_pattern": {"up_proj(": 2}}, r"expected a regular expression in alpha_pattern, got 'up_proj\('"),
+        (None, {"rank_pattern": {"*": 4}}, r"expected a regular expression in rank_pattern, got '\*'"),
+        (None, {"alpha_pattern": {"up_proj": "8"}}, "expected a number as alpha_pattern of 'up_proj', got '8'"),
+        (None, {"alpha_pattern": [1]}, r"expected alpha_pattern from module names to numbers, got \[1\]"),
+        (None, {"modules_to_save": ["lm_head"]}, r"expected lm_head.weight, which .* \(modules_to_save\), got none"),
+        ({}, {}, "expected the factors of an adapter, got no tensor"),
+        ({f"{NEW}.lora_B.weight": torch.zeros(96, 4)}, {}, rf"expected lora_A beside {NEW}.lora_B.weight \[96, 4\]"),
         (None, {"peft_type": "IA3"}, "expected an adapter of peft_type LORA, got IA3"),
         (one(f"{NEW}.lora_embedding_A", torch.zeros(4, 4)), {}, f"linear layers only, got {NEW}.lora_embedding_A"),
         ({f"{NEW}.lora_A.weight": torch.zeros(4, 96)}, {}, r"expected lora_B \[out, 4\] beside .*q_proj.*, got none"),
