@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from splitq_edge.errors import SplitQError
-from splitq_edge.runtime_ops.generate import Generator, answer_pieces
+from splitq_edge.runtime_ops.generate import Generator, answer_pieces, room_for_answer
 from splitq_edge.runtime_ops.session import ExportedModel
 
 LAYOUT = "genai"
@@ -103,16 +103,17 @@ class GenaiGenerator:
             sampling: how they are drawn; default: greedily.
 
         Raises:
-            SplitQError: genai refused the inputs, a prompt longer than the model's context for one.
+            SplitQError: the prompt leaves no room in the context, or genai refused the inputs.
         """
         ids = inputs["input_ids"].astype(np.int32)
+        room = room_for_answer(self._prompts.model, ids.shape[1], max_new_tokens)
         try:
             params = self._genai.GeneratorParams(self._model)
             chosen = (sampling or Sampling()).options()
-            params.set_search_options(max_length=ids.shape[1] + max_new_tokens, **chosen)
+            params.set_search_options(max_length=ids.shape[1] + room, **chosen)
             generator = self._genai.Generator(self._model, params)
             generator.set_inputs(self._named(ids, inputs))
-            for _ in range(max_new_tokens):
+            for _ in range(room):
                 generator.generate_next_token()
                 token = int(generator.get_next_tokens()[0])
                 yield token

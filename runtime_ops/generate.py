@@ -37,27 +37,53 @@ def greedy_tokens(
 
     Yields:
         [batch] int64, the next token of every row; after a row's end token its padding token. Ends when all rows have
-        ended.
+        ended or the context is full.
+
+    Raises:
+        SplitQError: the prompt leaves no room in the context.
     """
+    room = room_for_answer(model, attention_mask.shape[1], max_new_tokens)
     eos, pad = np.array(model.manifest["eos_token_ids"]), model.manifest["pad_token_id"]
     embeds, modality = model.embed(input_ids, image_features)
     mask = attention_mask.astype(np.int64)
     if cache is None:
-        cache = model.empty_cache(input_ids.shape[0], room=input_ids.shape[1] + max_new_tokens)
+        cache = model.empty_cache(input_ids.shape[0], room=input_ids.shape[1] + room)
     done = np.zeros(input_ids.shape[0], bool)
     no_images = image_features[:0]
-    for step in range(max_new_tokens):
+    for step in range(room):
         logits, cache = model.decode(embeds, modality, mask, cache, positions, logits_to_keep=1)
         last = logits[:, -1].copy()
         last[:, model.manifest["image_token_id"]] = -np.inf  # a placeholder without an image has no meaning
         tokens = np.where(done, pad, last.argmax(-1))
         yield tokens
         done |= np.isin(tokens, eos)
-        if done.all() or step + 1 == max_new_tokens:
+        if done.all() or step + 1 == room:
             return
         embeds, modality = model.embed(tokens[:, None], no_images)
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], -1)
         positions = None
+
+
+def room_for_answer(model: ExportedModel, prompt_tokens: int, max_new_tokens: int) -> int:
+    """Tokens that an answer may have: as many as are asked for, or as the context still holds.
+
+    Args:
+        model: the exported model.
+        prompt_tokens: of the prompt, those of its pictures and padding among them.
+        max_new_tokens: asked for.
+
+    Raises:
+        SplitQError: the prompt leaves no room for a token.
+    """
+    if model.context is None:
+        return max_new_tokens
+    if prompt_tokens >= model.context:
+        wider = ", or export again with a larger --context" if "static" in model.manifest else ""
+        raise SplitQError(
+            f"prompt: expected fewer tokens than the model's context of {model.context}, got {prompt_tokens} prompt "
+            f"tokens, pictures included; shorten the text or give fewer or smaller pictures{wider}"
+        )
+    return min(max_new_tokens, model.context - prompt_tokens)
 
 
 class Generator:
@@ -107,6 +133,9 @@ class Generator:
             images: PIL images, put before the text.
             max_new_tokens: limit.
             stop: the answer ends before the first of these texts.
+
+        Raises:
+            SplitQError: the processor refuses the prompt, or it is longer than the context.
         """
         inputs = self.chat(prompt, images)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]

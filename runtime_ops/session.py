@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,12 @@ class ExportedModel:
     def parts(self) -> tuple[str, ...]:
         """Names of the graphs."""
         return tuple(self.manifest["parts"])
+
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens of prompt and answer that the model was made for; None: the folder does not say."""
+        stated = self.manifest.get("max_positions")
+        return _positions_of(self.folder / "config.json") if stated is None else int(stated)
 
     def session(self, part: str) -> ort.InferenceSession:
         """The session of a part, opened when it is first needed: a text-only prompt never loads the vision encoder."""
@@ -274,6 +282,16 @@ class ExportedModel:
             raise SplitQError(
                 f"prompt: expected at most {most} tokens with the answer and padding, got {tokens}; shorten them"
             )
+
+
+def _positions_of(path: Path) -> int | None:
+    """max_position_embeddings of the language model in a config.json; export.json of old folders does not say it."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 @contextmanager

@@ -35,6 +35,11 @@ class StaticModel(ExportedModel):
             self._compiled = compiled_parts(self.folder, target)
         self._target = target
 
+    @property
+    def context(self) -> int:
+        """See `ExportedModel.context`: the slots of the cache."""
+        return self.shape.context
+
     def _open(self, part: str) -> ort.InferenceSession:
         if self._target is not None and part in self._compiled:
             from splitq_edge.runtime_ops.qnn import npu_session

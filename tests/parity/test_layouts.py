@@ -31,6 +31,7 @@ from splitq_edge.calibration.data import encode_sample, load_samples
 from splitq_edge.cli import LAYOUT_NAMES
 from splitq_edge.config import QuantConfig, preset
 from splitq_edge.convert import assemble
+from splitq_edge.errors import SplitQError
 from splitq_edge.exporters import export_folder
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
 from splitq_edge.exporters.layouts import onnx_community
@@ -194,6 +195,50 @@ def test_genai_says_what_our_loop_says(exports: Exports, text: str, images: int)
     inputs = inputs_of(model, text, images)
     tokens = list(GenaiGenerator(model).tokens(inputs, max_new_tokens=NEW_TOKENS))
     assert tokens == loop_tokens(model, inputs)
+
+
+CONTEXTS = {"llava": 256, "smolvlm": 512}  # max_position_embeddings
+
+
+def filled_to(model: ExportedModel, tokens: int) -> dict[str, np.ndarray]:
+    """A text prompt of so many tokens."""
+    inputs = inputs_of(model, "hello", 0)
+    ids = inputs["input_ids"].astype(np.int64)
+    more = np.repeat(ids[:, -2:-1], tokens - ids.shape[1], -1)
+    ids = np.concatenate([ids[:, :-1], more, ids[:, -1:]], -1)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def test_an_answer_ends_where_the_context_does_in_every_layout_and_engine(exports: Exports) -> None:
+    context = CONTEXTS[exports.model_type]
+    for layout in LAYOUT_NAMES:
+        model = exports.model(layout)
+        near = loop_tokens(model, filled_to(model, context - 3))
+        assert len(near) == 3
+        with pytest.raises(SplitQError, match=f"context of {context}, got {context + 2} prompt tokens, .*; shorten"):
+            loop_tokens(model, filled_to(model, context + 2))
+        if layout == "genai" and importlib.util.find_spec(PACKAGE) is not None:
+            engine = GenaiGenerator(exports.model("genai", native=None))
+            assert list(engine.tokens(filled_to(model, context - 3), max_new_tokens=NEW_TOKENS)) == near
+            assert len(list(engine.tokens(filled_to(model, context - 1), max_new_tokens=NEW_TOKENS))) == 1
+            for length in (context, context + 2):
+                with pytest.raises(SplitQError, match=f"context of {context}, got {length} prompt tokens, .*; shorten"):
+                    list(engine.tokens(filled_to(model, length), max_new_tokens=NEW_TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("config", "context"), [('{"text_config": {"max_position_embeddings": 256}}', 256), ("", None)]
+)
+def test_the_context_of_an_older_export_is_that_of_its_config(
+    exports: Exports, tmp_path: Path, config: str, context: int | None
+) -> None:
+    model = exports.model("flat")
+    assert model.context == CONTEXTS[exports.model_type]
+    older = exports.model("flat")
+    del older.manifest["max_positions"]
+    older.folder = tmp_path
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    assert older.context == context
 
 
 @needs_genai
