@@ -82,9 +82,13 @@ class CalibrationState:
         """Prepare the folder; returns how many blocks it already holds.
 
         Raises:
-            SplitQError: there is a state and `resume` is False, or it belongs to another run.
+            SplitQError: there is a state with finished sites and `resume` is False, or it belongs to another run.
         """
         path = self.folder / HEADER_FILE
+        if path.is_file() and not resume and not self._holds_records():
+            self.remove()  # of a run that failed before its first block: there is nothing to go on with
+            write_json(path, self.header)
+            return 0
         if not path.is_file():
             if self.folder.exists() and set(self.folder.iterdir()) - set(self._leftovers()):
                 raise SplitQError(
@@ -122,6 +126,10 @@ class CalibrationState:
         while self._path(count).is_file():
             count += 1
         return count
+
+    def _holds_records(self) -> bool:
+        """Whether anything is finished, blocks behind a gap included."""
+        return any(True for kind in ("block", "extra") for _ in self.folder.glob(f"{kind}_*.safetensors"))
 
     def finished_extras(self) -> tuple[str, ...]:
         """Names of the records that `save_extra` wrote."""

@@ -105,6 +105,28 @@ def test_state_of_an_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
         CalibrationState(tmp_path / "state", HEADER).start(resume=False)
 
 
+@pytest.mark.parametrize("header", [None, "{"], ids=["whole", "damaged"])
+def test_run_that_failed_before_its_first_block_does_not_block_the_next(tmp_path: Path, header: str | None) -> None:
+    folder = tmp_path / "state"
+    started(folder, 0)
+    (folder / "activations-0").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    if header is not None:
+        (folder / "calibration.json").write_text(header)
+    other = CalibrationState(folder, {"seed": 1})
+    assert other.start(resume=False) == 0
+    assert json.loads((folder / "calibration.json").read_text())["seed"] == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["calibration.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["block_0001", "extra_vision"])
+def test_a_state_with_anything_finished_is_kept(tmp_path: Path, name: str) -> None:
+    started(tmp_path / "state", 0)
+    (tmp_path / "state" / f"{name}.safetensors").write_bytes(b"finished")
+    with pytest.raises(SplitQError, match="an earlier run left 0 finished blocks"):
+        CalibrationState(tmp_path / "state", HEADER).start(resume=False)
+
+
 def test_state_of_another_run_names_what_changed(tmp_path: Path) -> None:
     started(tmp_path / "state")
     other = {"seed": 1, "recipe": {"bits": 3}, "samples": 4}
