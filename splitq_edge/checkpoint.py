@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitq_edge.damage import weights_damage
 from splitq_edge.errors import SplitQError
 from splitq_edge.lora import LoraAdapter
 
@@ -182,6 +183,17 @@ class CheckpointWeights:
         return undo
 
 
+def check_files(files: Iterable[Path]) -> None:
+    """See that safetensors files can be opened; their headers say how long they must be.
+
+    Raises:
+        SplitQError: one cannot.
+    """
+    for file in files:
+        with _opened(file):
+            pass
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """A safetensors file. It is read, not mapped: pages of a mapped file count as memory in use until it is closed."""
@@ -191,4 +203,4 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt", backend="pread") as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise SplitQError(f"{file}: expected a whole safetensors file ({error}); fetch it again") from error
+        raise SplitQError(f"{file}: {weights_damage(file, error)}") from error

@@ -16,7 +16,8 @@ from torch import nn
 
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.adapters.registry import adapter_for
-from splitq_edge.checkpoint import CheckpointWeights, safetensors_files, weight_names
+from splitq_edge.artifacts import EXPORT_FILE
+from splitq_edge.checkpoint import CheckpointWeights, check_files, safetensors_files, weight_names
 from splitq_edge.errors import SplitQError
 from splitq_edge.image_layout import ImageLayout
 from splitq_edge.lora import CONFIG_FILE, LoraAdapter, read_adapter_config
@@ -24,6 +25,9 @@ from splitq_edge.modality import ModalityContext, modality_of
 from splitq_edge.processors import image_only
 
 CPU = torch.device("cpu")
+REASON = 300  # characters kept of another library's message
+TOKENIZER_FILES = "of the tokenizer (tokenizer.json or tokenizer.model, tokenizer_config.json)"
+PICTURE_FILES = f"of the image processor (preprocessor_config.json or processor_config.json) and {TOKENIZER_FILES}"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -225,9 +229,14 @@ def load_model(
     import transformers
     from transformers.utils import logging as hf_logging
 
+    check_name(source)
     given = source
     if adapter is None and _is_adapter(Path(source)):
         adapter, source = source, _base_of(Path(source))
+    if revision is not None and Path(source).is_dir():
+        raise SplitQError(
+            f"--revision: expected a hub id as MODEL beside it, got the folder {source}; leave --revision out"
+        )
     code = {"trust_remote_code": trust_remote_code}
     family = adapter_for(_model_type(source, revision, code))
     device = torch.device(device)
@@ -251,13 +260,16 @@ def load_model(
             **({"device_map": "meta"} if lazy else {}),
             **code,
         )
-        processor = _load_processor(source, revision, family, config, code)
+        processor = _processor(source, revision, family, config, code)
         if family.pixel_layout == "tiles":
             _check_tiles(source, processor, config)
     except SplitQError:
         raise
     except Exception as error:
-        raise SplitQError(f"model {source}: expected a loadable checkpoint ({_one_line(error)})") from error
+        check_files(_files_at_hand(source, revision))
+        raise SplitQError(
+            f"model {source}: expected a loadable checkpoint ({_one_line(error)}); fetch or save it again"
+        ) from error
     _check_complete(source, model, info)
     lora = None if adapter is None else _lora(Path(adapter), model)
     if lazy:
@@ -272,6 +284,24 @@ def load_model(
     return LoadedModel(given, model.eval(), processor, family, ModalityContext(), weights, device, source, merged)
 
 
+def _files_at_hand(source: str, revision: str | None) -> list[Path]:
+    """Safetensors files of a checkpoint that could not be loaded, as far as they can be found."""
+    try:
+        return safetensors_files(source, revision, required=False)
+    except Exception:  # the first error tells more
+        return []
+
+
+def check_name(source: str) -> None:
+    """Check that a model has a name at all; an empty one would be the current folder.
+
+    Raises:
+        SplitQError: it has none.
+    """
+    if not source.strip():
+        raise SplitQError("MODEL: expected a folder or a hub id such as org/name, got an empty text; name the model")
+
+
 def check_model(source: str) -> None:
     """Check what can be known of a checkpoint without its weights: that it is there and of a supported type.
 
@@ -281,6 +311,7 @@ def check_model(source: str) -> None:
     Raises:
         SplitQError: it is not.
     """
+    check_name(source)
     base = _base_of(Path(source)) if _is_adapter(Path(source)) else source
     adapter_for(_model_type(base, None, {"trust_remote_code": False}))
 
@@ -337,6 +368,30 @@ def _materialize_buffers(model: Any, device: torch.device) -> None:
     model.initialize_weights()
 
 
+def _processor(source: str, revision: str | None, adapter: ModelAdapter, config: Any, code: dict[str, bool]) -> Any:
+    """See `_load_processor`.
+
+    Raises:
+        SplitQError: its files are missing or damaged, or have no chat template.
+    """
+    try:
+        processor = _load_processor(source, revision, adapter, config, code)
+    except ImportError:  # a package is missing, no file
+        raise
+    except Exception as error:
+        kinds = PICTURE_FILES if adapter.image_token_field else TOKENIZER_FILES
+        raise SplitQError(
+            f"model {source}: expected beside the weights the files {kinds}; transformers cannot load them "
+            f"({_one_line(error)}); copy the missing or damaged ones from the original checkpoint"
+        ) from error
+    if adapter.image_token_field and not processor.chat_template:
+        raise SplitQError(
+            f"model {source}: expected a chat template (chat_template.jinja, or chat_template in processor_config.json "
+            "or tokenizer_config.json), got none; copy it from the original checkpoint"
+        )
+    return processor
+
+
 def _load_processor(
     source: str, revision: str | None, adapter: ModelAdapter, config: Any, code: dict[str, bool]
 ) -> Any:
@@ -377,12 +432,19 @@ def _model_type(source: str, revision: str | None, code: dict[str, bool]) -> str
     folder = Path(source)
     if folder.is_dir():
         config = folder / "config.json"
+        if (folder / EXPORT_FILE).is_file():
+            raise SplitQError(
+                f"model {source}: expected a checkpoint, got a folder that splitq-edge exported ({EXPORT_FILE}); give "
+                "the model that it was made from"
+            )
         if not config.is_file():
             raise SplitQError(f"model {source}: expected a folder with config.json, got none; give a checkpoint folder")
         try:
             return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise SplitQError(f"{config}: expected JSON with model_type ({_one_line(error)})") from error
+            raise SplitQError(
+                f"{config}: expected JSON with model_type ({_one_line(error)}); fetch or save the checkpoint again"
+            ) from error
     local = source.startswith((".", "/", "~")) or (folder.parent.is_dir() and folder.parent != Path())
     if folder.exists() or local or not HUB_ID.fullmatch(source):
         raise SplitQError(
@@ -400,4 +462,7 @@ def _model_type(source: str, revision: str | None, code: dict[str, bool]) -> str
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300]
+    if len(text) <= REASON:
+        return text
+    sentences = text[:REASON].rpartition(". ")[0]
+    return sentences or f"{text[:REASON].rpartition(' ')[0]} ..."

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from splitq_edge.damage import weights_damage
 from splitq_edge.errors import SplitQError
 
 CONFIG_FILE = "adapter_config.json"
@@ -242,6 +243,4 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise SplitQError(
-            f"{file}: expected the weights of a LoRA adapter ({error}); save it with peft again"
-        ) from error
+        raise SplitQError(f"{file}: {weights_damage(file, error)}") from error

@@ -201,8 +201,31 @@ def _render(processor: Any, sample: CalibrationSample, messages: list[Message], 
             )
         )
     except Exception as error:
+        fault = _template_fault(processor)
+        if fault is not None:
+            raise SplitQError(
+                f"model: expected a chat template for a picture and a text, the model's own {fault}; "
+                "copy it from the original checkpoint"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise SplitQError(f"calibration data {sample.origin}: the processor refused the sample ({reason})") from error
+
+
+def _template_fault(processor: Any) -> str | None:
+    """What the model's chat template does wrong with the plainest question, None for nothing: then it is the data."""
+    pictures = hasattr(processor, "image_processor")
+    parts = [{"type": "image"}] * pictures + [{"type": "text", "text": "what?"}]
+    try:
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        return f"cannot be rendered ({type(error).__name__}: {reason})"
+    marks = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
+    if pictures and any(marks) and not any(mark in text for mark in marks if mark):
+        return f"writes no {next(filter(None, marks))} in the place of a picture"
+    return None
 
 
 def describe_source(source: str, samples: Sequence[CalibrationSample]) -> dict[str, object]:

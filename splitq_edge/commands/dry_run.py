@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from splitq_edge.calibration.data import encode_sample, load_samples
-from splitq_edge.commands.export import ExportOptions, check_places, chosen_config
+from splitq_edge.commands.export import ExportOptions, check_places, checked_layout, chosen_config
 from splitq_edge.errors import SplitQError
 from splitq_edge.estimate import estimate
 
@@ -26,6 +26,7 @@ def print_estimate(options: ExportOptions, console: Console) -> None:
         raise SplitQError("--dry-run: expected a scheme to calibrate, got none; a float export has nothing to estimate")
     samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
     loaded = options.load(lazy=True)
+    checked_layout(options, loaded, config)
     lengths = [
         encode_sample(loaded.processor, sample, loaded.image_layout)["input_ids"].shape[1]
         for sample in samples[:TOKEN_SAMPLES]

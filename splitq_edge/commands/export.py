@@ -29,7 +29,7 @@ from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.export_folder import ExportRequest, check_exportable, write_export
 from splitq_edge.exporters.layouts.layout import Layout
 from splitq_edge.exporters.layouts.registry import default_layout, layout_named
-from splitq_edge.loading import LoadedModel, load_model
+from splitq_edge.loading import LoadedModel, check_name, load_model
 from splitq_edge.methods.registry import method_config
 from splitq_edge.parallel import Processes
 from splitq_edge.report.model_card import CARD_FILE, model_card
@@ -114,10 +114,9 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     # None: from safetensors files weights are read block by block, a float model is written whole
     lazy = True if blockwise else (None if config is not None else False)
     loaded = options.load(lazy=lazy, device=device)
-    layout = _layout(options, loaded, config)
-    if options.stop_after is None:
-        check_exportable(loaded)
-        layout.check(loaded.adapter, config, flavour=options.flavour, attention=options.attention or layout.attention)
+    layout = checked_layout(options, loaded, config)
+    if config is None:
+        check_finite(loaded)
     with progress_bars(console) as progress:
         task = progress.add_task("encode samples", total=len(samples))
         encoded = [
@@ -140,7 +139,7 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
         )
         return {"calibration_s": seconds}
     if device != "cpu" or loaded.weights is not None:
-        loaded = options.load(lazy=None if config is not None else False)
+        loaded = _loaded_again(options, config)
     quantized = None if config is None or state is None else assemble(loaded, config, state)
     loaded.read_rest()  # what no site replaced
     bits = 32.0 if quantized is None else effective_bits(quantized.sites)
@@ -168,15 +167,45 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     return {"calibration_s": seconds, "effective_bits": bits}
 
 
-def _layout(options: ExportOptions, loaded: LoadedModel, config: QuantConfig | None) -> Layout:
-    """Of the folder, as asked for or as suits the model.
+def checked_layout(options: ExportOptions, loaded: LoadedModel, config: QuantConfig | None) -> Layout:
+    """Of the folder, as asked for or as suits the model; its readers can run the export, if one is to be written.
 
     Raises:
-        SplitQError: it does not fit the flavour qdq.
+        SplitQError: it does not fit the flavour qdq, the model or the recipe; or the model cannot be exported.
     """
     if options.flavour == "qdq":
-        return static_layout(loaded, config, options.layout)
-    return layout_named(options.layout or default_layout(loaded.adapter, config))
+        layout = static_layout(loaded, config, options.layout)
+    else:
+        layout = layout_named(options.layout or default_layout(loaded.adapter, config))
+    if options.stop_after is None:
+        check_exportable(loaded)
+        layout.check(loaded.adapter, config, flavour=options.flavour, attention=options.attention or layout.attention)
+    return layout
+
+
+def _loaded_again(options: ExportOptions, config: QuantConfig | None) -> LoadedModel:
+    """The model for writing its graphs, on the CPU."""
+    loaded = options.load(lazy=None if config is not None else False)
+    if config is None:
+        check_finite(loaded)
+    return loaded
+
+
+def check_finite(loaded: LoadedModel) -> None:
+    """See that weights are numbers; those of a lazily loaded model are left alone.
+
+    Raises:
+        SplitQError: one holds NaN or infinity.
+    """
+    for name, weight in loaded.model.named_parameters():
+        if weight.is_meta:
+            continue
+        wrong = weight.numel() - int(torch.isfinite(weight).sum())
+        if wrong:
+            raise SplitQError(
+                f"model {loaded.source}: expected finite numbers as {name}, got NaN or infinity in {wrong} of "
+                f"{weight.numel()}; fetch or train the checkpoint again"
+            )
 
 
 def calibrate(
@@ -291,11 +320,17 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
     """The recipe that the options name, None for float.
 
     Raises:
-        SplitQError: the recipe is no recipe, or an output projection is to be quantized in a float export.
+        SplitQError: the recipe is no recipe, or a float export is to stop after blocks or to quantize its output
+            projection or embedding.
     """
     if options.recipe is not None:
         config = load_recipe(options.recipe)
     elif options.scheme == "none":
+        if options.stop_after is not None:
+            raise SplitQError(
+                "export: expected no --stop-after with --scheme none, which calibrates no blocks, got "
+                f"{options.stop_after}; leave one out"
+            )
         for name, value in (("--lm-head", options.lm_head), ("--embedding", options.embedding)):
             if value not in (None, "none"):
                 raise SplitQError(f"export: expected {name} none with --scheme none, got {value}; leave one out")
@@ -313,8 +348,9 @@ def check_places(options: ExportOptions) -> None:
     """Check where an export would write, before any work is done.
 
     Raises:
-        SplitQError: see `check_target`; or OUT lies in the model's folder, or the calibration state in OUT.
+        SplitQError: see `check_target`; or MODEL has no name, OUT lies in its folder, or the calibration state in OUT.
     """
+    check_name(options.model)
     check_target(options.out, force=options.force)
     out, source, state = (path.resolve() for path in (options.out, Path(options.model), options.state_folder))
     if source.is_dir() and out.is_relative_to(source):

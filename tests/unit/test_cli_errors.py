@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,6 +148,97 @@ def test_damaged_model_config(text: str, model: Path, chats: Path, out: Path, er
     (model / "config.json").write_text(text)
     line = error_of("export", model, out, "--calib", chats, "--calib-samples", 2)
     assert "expected JSON with model_type" in line
+    assert line.endswith("fetch or save the checkpoint again")
+    nothing_written()
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_model_without_a_name(
+    dry: bool, chats: Path, out: Path, error_of: Check, nothing_written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out.parent)  # which an empty path would be
+    line = error_of("export", "", out, "--calib", chats, *(["--dry-run"] if dry else []))
+    assert "MODEL: expected a folder or a hub id such as org/name, got an empty text" in line
+    nothing_written()
+
+
+def test_exported_folder_given_as_model(
+    exported: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    (exported / "config.json").write_text('{"model_type": "llava"}')
+    line = error_of("export", exported, out, "--calib", chats, "--calib-samples", 2)
+    assert "expected a checkpoint, got a folder that splitq-edge exported (export.json); give the model" in line
+    nothing_written()
+
+
+def test_revision_of_a_local_folder(model: Path, chats: Path, out: Path, error_of: Check, nothing_written) -> None:
+    line = error_of("export", model, out, "--calib", chats, "--calib-samples", 2, "--revision", "main")
+    assert f"--revision: expected a hub id as MODEL beside it, got the folder {model}; leave --revision out" in line
+    nothing_written()
+
+
+def test_float_export_cannot_stop_after_blocks(
+    model: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    line = error_of("export", model, out, "--calib", chats, "--scheme", "none", "--stop-after", 1)
+    assert "expected no --stop-after with --scheme none, which calibrates no blocks, got 1; leave one out" in line
+    nothing_written()
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint, tmp_path / "copied")
+
+
+@pytest.mark.parametrize(("value", "limit"), [("nan", ()), ("inf", ()), ("nan", ("--memory-limit", "8GB"))])
+def test_float_export_of_weights_that_are_no_numbers(
+    value: str, limit: tuple[str, ...], copied: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copied / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    weights[name][3, 5] = float(value)
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    line = error_of("export", copied, out, "--calib", chats, "--calib-samples", 2, "--scheme", "none", *limit)
+    assert "layers.1.mlp.up_proj.weight, got NaN or infinity in 1 of" in line
+    nothing_written()
+
+
+@pytest.mark.parametrize("missing", [("preprocessor_config.json", "processor_config.json"), ("tokenizer.json",)])
+def test_checkpoint_without_files_of_its_processor(
+    missing: tuple[str, ...], copied: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    for name in missing:
+        (copied / name).unlink(missing_ok=True)
+    line = error_of("export", copied, out, "--calib", chats, "--calib-samples", 2)
+    assert (
+        "files of the image processor (preprocessor_config.json or processor_config.json) and of the tokenizer ("
+        in line
+    )
+    assert line.endswith("copy the missing or damaged ones from the original checkpoint")
+    nothing_written()
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (None, "expected a chat template (chat_template.jinja, or chat_template in processor_config.json or "),
+        ("{% for message in messages %}{{ message", "the model's own cannot be rendered (TemplateSyntaxError"),
+        ("{{ nothing.at.all }}", "the model's own cannot be rendered (UndefinedError"),
+    ],
+)
+def test_a_chat_template_is_not_the_fault_of_the_data(
+    template: str | None, problem: str, copied: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (copied / name).unlink(missing_ok=True)
+    if template is not None:
+        (copied / "chat_template.jinja").write_text(template)
+    line = error_of("export", copied, out, "--calib", chats, "--calib-samples", 2)
+    assert problem in line
+    assert "calibration data" not in line
+    assert line.endswith("copy it from the original checkpoint")
     nothing_written()
 
 
@@ -189,7 +281,25 @@ def test_truncated_checkpoint(
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     line = error_of("export", folder, out, "--calib", chats, "--calib-samples", 2)
-    assert "expected a loadable checkpoint" in line
+    assert f"{weights}: expected a whole safetensors file, got 5000 bytes that are none" in line
+    nothing_written()
+
+
+@pytest.mark.parametrize("scheme", ["W4A8", "none"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "got an empty one; fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "got a Git LFS pointer, .*; run git lfs pull"),
+        (b"<html>not found</html>", r"got 22 bytes that are none \(.*\); fetch it again"),
+    ],
+)
+def test_weights_that_are_no_safetensors_file_are_named(
+    content: bytes, problem: str, scheme: str, copied: Path, chats: Path, out: Path, error_of: Check, nothing_written
+) -> None:
+    (copied / "model.safetensors").write_bytes(content)
+    line = error_of("export", copied, out, "--calib", chats, "--calib-samples", 2, "--scheme", scheme)
+    assert re.search(f"{copied}/model.safetensors: expected a whole safetensors file, {problem}", line), line
     nothing_written()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from builders import CLOSED_FORM, calibrated, chat_batches, tiny_loaded
 from click.testing import CliRunner
+from families import save_checkpoint
 
 from splitq_edge import checkpoint as checkpoint_module
 from splitq_edge.cli import main
@@ -91,6 +92,24 @@ def test_float_export_has_nothing_to_estimate(checkpoint: Path, chats: Path, tmp
     result = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert result.exit_code == 2
     assert "--dry-run: expected a scheme to calibrate, got none" in result.output
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "problem"),
+    [
+        ("paligemma", "genai", "--layout genai: expected a model type that onnxruntime-genai can run"),
+        ("qwen2_5_vl", "onnx-community", "--layout onnx-community: expected a model type that transformers.js"),
+        ("llama", None, "got model type 'llama', text only"),
+    ],
+)
+def test_layout_is_checked_as_in_the_export(
+    family: str, layout: str | None, problem: str, chats: Path, tmp_path: Path
+) -> None:
+    model = save_checkpoint(family, tmp_path / "model")
+    words = ["export", model, tmp_path / "out", "--calib", chats, *([] if layout is None else ["--layout", layout])]
+    result = CliRunner().invoke(main, [*map(str, words), "--dry-run"])
+    assert result.exit_code == 2
+    assert problem in result.stderr
 
 
 def test_longer_learning_and_more_tokens_take_longer() -> None:
