@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from splitq_edge.targets import ARCHITECTURES, QNN_HTP, TARGET_NAMES, Target
 ROWS_MISSING = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+TERMINATED = 143  # 128 + SIGTERM, as shells count
 EXTRAS = {
     "accelerate": "quantize",
     "torch": "quantize",
@@ -83,16 +87,41 @@ def main(context: click.Context, debug: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is half written goes, what is finished stays."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM raises `_Terminated`; a second one ends the process at once, as ever."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(_number: int, _frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """One line and exit code 2 for what a user can mend; a traceback only with --debug."""
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            click.echo(f"\ninterrupted; {KEPT.get(command.__name__, 'nothing was changed')}", err=True)
-            sys.exit(INTERRUPTED)
+            with _terminable():
+                return command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            terminated = isinstance(stop, _Terminated)
+            word = "terminated" if terminated else "interrupted"
+            click.echo(f"\n{word}; {KEPT.get(command.__name__, 'nothing was changed')}", err=True)
+            sys.exit(TERMINATED if terminated else INTERRUPTED)
         except (SplitQError, ImportError, OSError) as error:
             if click.get_current_context().find_root().obj:
                 raise

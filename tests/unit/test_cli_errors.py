@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -511,10 +512,10 @@ def test_current_folder_given_as_out(
     assert list((tmp_path / "here").iterdir()) == []
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SplitQError, 2)])
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SplitQError, 2), ("SIGTERM", 143)])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_stop_while_the_graphs_are_written_leaves_nothing_new(
-    error: type[BaseException],
+    error: type[BaseException] | str,
     code: int,
     earlier: bool,
     checkpoint: Path,
@@ -526,7 +527,10 @@ def test_stop_while_the_graphs_are_written_leaves_nothing_new(
 
     def stop(_loaded: object, _quantized: object, _request: object, folder: Path) -> None:
         (folder / "decoder.onnx").write_bytes(b"half of it")
-        raise error("stop")
+        if isinstance(error, str):
+            signal.raise_signal(signal.Signals[error])
+        else:
+            raise error("stop")
 
     monkeypatch.setattr(export, "write_export", stop)
     place = exported.parent
@@ -536,7 +540,9 @@ def test_stop_while_the_graphs_are_written_leaves_nothing_new(
     result = CliRunner().invoke(main, ["export", str(checkpoint), str(target), *options])
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
+    assert len(result.stderr.split("\n")) == 2 + (code > 2)  # the line, behind one that ends a progress bar
     assert listing(place) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert [path.name for path in place.iterdir()] == ["exported"]
 
 
