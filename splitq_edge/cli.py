@@ -224,7 +224,7 @@ def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--attention",
     type=click.Choice(["fused", "standard"]),
-    help="fused: one GroupQueryAttention a layer (onnxruntime 1.32), where the model allows it; standard: ops of the "
+    help="fused: one attention node a layer (onnxruntime 1.32), where the model allows it; standard: ops of the "
     "ONNX standard alone, slower; default: fused, standard in the layout onnx-community.",
 )
 @click.option(
