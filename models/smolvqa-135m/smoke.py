@@ -4,13 +4,14 @@
 
 measures the float model and two recipes (nothing is learned, so that machines agree) on the tasks that need no
 download, and compares accuracy and NLL with smoke.json beside this script. Exits with 1 if a number is further off than
-`ACCURACY` or `NLL` allow. `--record` writes smoke.json instead.
+`FLOAT`, `TASK` and `MEAN` allow. `--record` writes smoke.json instead.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -28,10 +29,28 @@ RECORD = HERE / "smoke.json"
 TASKS = "easyvqa,ocr,counting,spatial"
 QUESTIONS = 50  # a task
 SAMPLES = 16
-# Processors round differently, which tips a few answers; a broken step moves far more.
-ACCURACY = 0.06  # three answers of a task
-NLL = 0.05  # relative, and as much of a nat as below
-NLL_FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far a number may be from the record: accuracy in shares, NLL in nats plus a share of the recorded one."""
+
+    accuracy: float
+    nll: float
+    nll_share: float
+
+    def broken_by(self, expected: tuple[float, float], measured: tuple[float, float]) -> bool:
+        """Whether (accuracy, NLL) moved further."""
+        accuracy, nll = (abs(now - was) for now, was in zip(measured, expected, strict=True))
+        return accuracy > self.accuracy or nll > self.nll + self.nll_share * expected[1]
+
+
+# A quantized model of 30 layers is chaotic: sums in another order, of another processor or kernel, tip codes, and then
+# answers. Another kernel for the attention moved a task of 50 questions by up to 8 % and 0.015 nats, the mean of the
+# four by 2 % and 0.007. Float tips at most a near tie. A broken step moves far more.
+FLOAT = Bound(0.06, 0.01, 0.05)
+TASK = Bound(0.20, 0.05, 0.30)
+MEAN = Bound(0.05, 0.02, 0.10)
 
 
 def rows() -> list[Measurement]:
@@ -41,10 +60,17 @@ def rows() -> list[Measurement]:
     return [*method_rows(("rtn",), ("W4A8",)), Measurement("splitq, 0 epochs", "W4A4", config)]
 
 
-def off(expected: Row, measured: Row) -> bool:
-    """Whether a row moved further than rounding explains."""
-    allowed = NLL_FLOOR + NLL * expected.nll
-    return abs(measured.accuracy - expected.accuracy) > ACCURACY or abs(measured.nll - expected.nll) > allowed
+def numbers(rows: Sequence[Row]) -> tuple[float, float]:
+    """Mean accuracy and NLL."""
+    return sum(row.accuracy for row in rows) / len(rows), sum(row.nll for row in rows) / len(rows)
+
+
+def by_method(results: Results) -> dict[tuple[str, str], dict[str, Row]]:
+    """Rows of each scheme and method by task."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in results.rows:
+        found.setdefault((row.scheme, row.method), {})[row.task] = row
+    return found
 
 
 @click.command(help=__doc__)
@@ -70,22 +96,20 @@ def main(model: str, work: Path, record: bool) -> None:
     table = Table(title=f"{name}, {QUESTIONS} questions a task", box=box.SIMPLE, title_justify="left")
     for column in ("scheme", "method", "task", "accuracy %", "was", "NLL", "was", ""):
         table.add_column(column)
-    failed = len(measured.rows) != len(expected.rows)
-    for row in measured.rows:
-        was = expected.get(row.key)
-        moved = was is None or off(was, row)
-        failed = failed or moved
-        before = ("-", "-") if was is None else (f"{100 * was.accuracy:.0f}", f"{was.nll:.4f}")
-        table.add_row(
-            row.scheme,
-            row.method,
-            row.task,
-            f"{100 * row.accuracy:.0f}",
-            before[0],
-            f"{row.nll:.4f}",
-            before[1],
-            "moved" if moved else "",
-        )
+    now, before = by_method(measured), by_method(expected)
+    failed = {key: set(tasks) for key, tasks in now.items()} != {key: set(tasks) for key, tasks in before.items()}
+    for key, tasks in now.items():
+        was = {task: row for task, row in before.get(key, {}).items() if task in tasks}
+        pairs = [(task, [was[task]], [row]) for task, row in tasks.items() if task in was]
+        if len(was) == len(tasks):
+            pairs.append(("mean", list(was.values()), list(tasks.values())))
+        for task, old, new in pairs:
+            bound = FLOAT if key[0] == "none" else MEAN if task == "mean" else TASK
+            moved = bound.broken_by(numbers(old), numbers(new))
+            failed = failed or moved
+            (accuracy, nll), (accuracy_was, nll_was) = numbers(new), numbers(old)
+            shown = f"{100 * accuracy:.1f}", f"{100 * accuracy_was:.1f}", f"{nll:.4f}", f"{nll_was:.4f}"
+            table.add_row(*key, task, *shown, "moved" if moved else "")
     console.print(table)
     if failed:
         console.print("accuracy moved; mend it, or record anew with --record and say why", style="red")

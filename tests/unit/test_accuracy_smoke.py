@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -67,3 +68,26 @@ def test_record_that_fails_keeps_the_earlier_one(measure: Callable[..., Result],
     before = smoke.RECORD.read_bytes()
     assert measure(None, "--record").exit_code == 1
     assert smoke.RECORD.read_bytes() == before
+
+
+def test_tasks_may_move_where_their_mean_may_not(smoke: ModuleType, tmp_path: Path) -> None:
+    def changed(shift: dict[str, float], scheme: str = "W4A8") -> int:
+        before, after = tmp_path / "smoke.json", tmp_path / "after.json"
+        for path in (before, after):
+            path.unlink(missing_ok=True)
+        for task, moved in shift.items():
+            row = Row("rtn", scheme, "ort-native", task, 50, 0.80, 0.05, 0.5, 4.0, 1.0)
+            Results(before, "tiny").put(row)
+            Results(after, "tiny").put(replace(row, accuracy=0.80 + moved))
+
+        def table(options: object, _rows: object, _console: object) -> int:
+            options.results.write_bytes(after.read_bytes())  # type: ignore[attr-defined]
+            return 0
+
+        smoke.run_table = table  # type: ignore[attr-defined]
+        return CliRunner().invoke(smoke.main, ["models/tiny", "--work", str(tmp_path / "work")]).exit_code
+
+    assert changed({"ocr": 0.12, "counting": -0.12}) == 0
+    assert changed({"ocr": 0.12, "counting": 0.0}) == 1  # the mean by 0.06
+    assert changed({"ocr": 0.22, "counting": -0.22}) == 1
+    assert changed({"ocr": 0.08, "counting": -0.08}, "none") == 1  # float tips at most a near tie
