@@ -9,7 +9,7 @@ PY := splitq_edge exporters runtime_ops tests models
 TABLES := table-of-easyvqa-tiny table-of-easyvqa-tiny-stressed
 
 SMOLVQA := build/models/smolvqa-135m
-SMOLVQA_TABLE := --task all --limit 500 --epochs 4 --results models/smolvqa-135m/results.json --work build/table-smolvqa
+SMOLVQA_TABLE := --task all --limit 500 --epochs 4 --transform-lr 0.015 --results models/smolvqa-135m/results.json --work build/table-smolvqa --states build/states-smolvqa
 
 .PHONY: demo trial-smollm2 table-easyvqa $(TABLES) table-smolvqa accuracy-smoke same-tokens test test-fast test-transformers test-wheel test-qnn test-qnn-accuracy test-web test-arm64 test-arm64-model test-js test-asan bench-kernels bench-model lint format docs-screenshot clean
 

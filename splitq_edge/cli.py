@@ -63,6 +63,11 @@ class _Bytes(click.ParamType):
 
 BYTES = _Bytes()
 SEED = click.IntRange(0, 2**31 - 1)
+TRANSFORM_LR = click.option(
+    "--transform-lr",
+    type=click.FloatRange(0.0, 1.0, min_open=True),
+    help="Learning rate of the transforms instead of the preset's, which is for its epochs.",
+)
 # What an interrupted command leaves; others only read.
 KEPT = {
     "export": "finished blocks of the calibration are kept, --resume goes on",
@@ -385,6 +390,11 @@ def _table_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--work", type=PATH, default=Path("build/table"), show_default=True, help="Folder for the exports."
         ),
         click.option("--keep", is_flag=True, help="Keep the exports in the work folder."),
+        click.option(
+            "--states",
+            type=PATH,
+            help="Keep the calibrations in this folder and go on with those begun there, of another machine too.",
+        ),
         click.option("--markdown", is_flag=True, help="Print the table in Markdown."),
     )
     for option in reversed(options):
@@ -423,13 +433,16 @@ def _measure_rows(rows: Any, options: dict[str, Any]) -> None:
 @click.option(
     "--epochs", type=click.IntRange(min=0), help="Epochs of the methods that learn instead of the preset's; 0: none."
 )
+@TRANSFORM_LR
 @_table_options
 @_reports_errors
-def table(methods: tuple[str, ...], schemes: tuple[str, ...], epochs: int | None, **options: Any) -> None:
+def table(
+    methods: tuple[str, ...], schemes: tuple[str, ...], epochs: int | None, transform_lr: float | None, **options: Any
+) -> None:
     """Measure MODEL (folder or hub id) in float32 and with every method at every scheme, in the native kernels."""
     from splitq_edge.commands.table import method_rows
 
-    _measure_rows(method_rows(methods, schemes, epochs=epochs), options)
+    _measure_rows(method_rows(methods, schemes, epochs=epochs, transform_lr=transform_lr), options)
 
 
 @main.command()
@@ -446,13 +459,22 @@ def table(methods: tuple[str, ...], schemes: tuple[str, ...], epochs: int | None
 )
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs of learning instead of the preset's; 0: none.")
 @click.option("--transform", type=click.Choice(TRANSFORMS), help="Start of the transform instead of the preset's.")
+@TRANSFORM_LR
 @_table_options
 @_reports_errors
-def ablate(scheme: str, tables: tuple[str, ...], epochs: int | None, transform: str | None, **options: Any) -> None:
+def ablate(
+    scheme: str,
+    tables: tuple[str, ...],
+    epochs: int | None,
+    transform: str | None,
+    transform_lr: float | None,
+    **options: Any,
+) -> None:
     """Measure what each component of SplitQ and each rule of channel choice gives on MODEL, in the native kernels."""
     from splitq_edge.commands.table import ablation_rows
 
-    every = [row for name in tables for row in ablation_rows(name, scheme, epochs=epochs, transform=transform)]
+    settings: Any = {"epochs": epochs, "transform_lr": transform_lr, "transform": transform}
+    every = [row for name in tables for row in ablation_rows(name, scheme, **settings)]
     rows = list(dict.fromkeys(every))  # the float model once
     _measure_rows(rows, options)
 

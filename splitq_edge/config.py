@@ -15,6 +15,7 @@ BLOCK_SIZES = (0, 32, 64, 128)
 RANGE_METHODS = ("minmax", "percentile", "mse")  # of static activations, quant.static_ranges
 TRANSFORMS = ("hadamard", "identity")
 CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max", "modality-max")
+ROUNDINGS = ("nearest", "gptq", "gptaq")
 SCALES = ("none", "smoothquant", "awq", "mbq")
 VISION_SCHEMES = ("none", "W8A8", "W4A8", "W4A4")
 LM_HEAD_SCHEMES = ("none", "W8A8", "W4A8")
@@ -158,7 +159,9 @@ class QuantConfig:
         transform: start of the equivalent transform P: "hadamard" (Kronecker product of two orthogonal matrices) or
             "identity".
         scale: start of the scale per channel: "none", "smoothquant" (alpha 0.5), or the searches "awq" and "mbq".
-        rounding: of the weights: "nearest", or "gptq" (error feedback over the quantized activations).
+        rounding: of the weights: "nearest", "gptq" (error feedback over the quantized activations), or "gptaq" (the
+            same towards what the float model's layers say, on the activations of the layers already quantized; sites
+            beside the blocks take "gptq").
         method: label of the method whose settings these are, see `splitq_edge.methods`.
         clip: clip factors before learning.
         split: channel split.
@@ -201,7 +204,7 @@ class QuantConfig:
         _require(self.group_size in BLOCK_SIZES, "group_size", f"one of {BLOCK_SIZES}", self.group_size)
         _require(self.transform in TRANSFORMS, "transform", f"one of {TRANSFORMS}", self.transform)
         _require(self.scale in SCALES, "scale", f"one of {SCALES}", self.scale)
-        _require(self.rounding in ("nearest", "gptq"), "rounding", "nearest or gptq", self.rounding)
+        _require(self.rounding in ROUNDINGS, "rounding", f"one of {ROUNDINGS}", self.rounding)
         _require(
             self.activation_symmetric or self.activation_bits < 8,
             "activation_symmetric",

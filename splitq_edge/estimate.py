@@ -137,7 +137,7 @@ def _block_seconds(weights: int, config: QuantConfig, tokens: int, samples: int)
     """Products by the measured rate of a matrix product, passes over weights by that of an addition."""
     epochs = config.learning.epochs
     steps = epochs * -(-samples // config.learning.batch)
-    passes = 3 + 3 * epochs + (1 if config.rounding == "gptq" else 0)  # forward, and twice that backward
+    passes = 3 + 3 * epochs + {"nearest": 0, "gptq": 1, "gptaq": 6}[config.rounding]  # forward, and twice that backward
     if epochs and config.learning.balance != "none":
         passes += 4  # forward, and once more to go back
     if epochs and (config.correction.cws_ratio or config.correction.mac_ratio):

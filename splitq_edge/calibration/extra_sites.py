@@ -262,7 +262,7 @@ def _quantized(
     frozen: list[SplitLinear] = []
     for part in _slices(linears, max(1, SLICE // stats.channels)):
         trained = TrainableSite(name, part, plan, config, loaded.context, inputs)
-        if config.rounding == "gptq" and hessian is None:
+        if config.rounding != "nearest" and hessian is None:
             hessian = _hessian(trained, stats)
         frozen.append(trained.freeze(hessian))
         quality.add(trained, frozen[-1])

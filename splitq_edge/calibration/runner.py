@@ -7,8 +7,8 @@ finished blocks instead of storing them; with the same seed and threads it ends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.block_inputs import (
+    BlockBatch,
     BlockInputs,
     PaddedBatch,
     block_output,
@@ -71,6 +72,11 @@ class Calibration:
     processes: Processes
     progress: Progress | None = None
 
+    @property
+    def _keeps_quantized(self) -> bool:
+        """Whether the stream "quantized" is needed, for learning or for rounding."""
+        return self.config.learning.propagate == "quantized" or self.config.rounding == "gptaq"
+
     def steps(self) -> int:
         """Progress steps of a whole run: one an epoch and one for the rest of a block."""
         return self.loaded.block_count * (self.config.learning.epochs + 1)
@@ -105,13 +111,13 @@ class Calibration:
         if finished >= blocks and "lm_head" not in waiting:
             self.store.clear()
             return
-        if self.config.learning.propagate == "quantized":
+        if self._keeps_quantized:
             for number in inputs.own:
                 inputs.put("quantized", number, inputs.get("float", number))
         sensitivity = self._sensitivity(inputs)
         for index in range(blocks):
             block = self.loaded.block(index)
-            inputs.begin(index, ("float", "quantized") if self.config.learning.propagate == "quantized" else ("float",))
+            inputs.begin(index, ("float", "quantized") if self._keeps_quantized else ("float",))
             if index < finished:
                 self._replay(index, block, inputs)
             else:
@@ -173,7 +179,7 @@ class Calibration:
     def _replay(self, index: int, block: nn.Module, inputs: BlockInputs) -> None:
         """Activations behind a finished block."""
         self._float_outputs(block, inputs)
-        if self.config.learning.propagate == "quantized":
+        if self._keeps_quantized:
             record = self.state.load(index, self.loaded.context, self.loaded.device)
             self._place(index, block, record.sites)
             self._advance_quantized(block, inputs)
@@ -202,7 +208,10 @@ class Calibration:
         if self.config.learning.epochs:
             result = learn_block(task, self.config.learning, generator, progress=lambda: self._done("block", 1))
             errors = {"before": result.before, "learned": result.after}
-        frozen = {name: site.freeze(hessian) for name, site, hessian in self._with_hessians(task, sites)}
+        if self.config.rounding == "gptaq":
+            frozen = self._frozen_in_turn(index, task, sites)
+        else:
+            frozen = {name: site.freeze(hessian) for name, site, hessian in self._with_hessians(task, sites)}
         quality = {name: site_quality(site, frozen[name], stats[name]) for name, site in sites.items()}
         self._place(index, block, frozen)
         errors["final"] = block_error(task)
@@ -210,7 +219,7 @@ class Calibration:
         if self.processes.main:
             self.state.save(index, BlockRecord(frozen, report))
         self.processes.wait()
-        if quantized:
+        if self._keeps_quantized:
             self._advance_quantized(block, inputs)
         self._done("block", 1)
 
@@ -253,19 +262,48 @@ class Calibration:
         if self.config.rounding == "nearest":
             return [(name, site, None) for name, site in sites.items()]
         for number in task.inputs.own:
-            batch = task.inputs.batch(number)
-            weights = task.weights(number) if self.config.learning.epochs else batch.keep.unsqueeze(-1).float()
+            batch, weights = task.inputs.batch(number), self._row_weights(task, number)
             with ExitStack() as stack, torch.no_grad():
                 for site in sites.values():
                     stack.enter_context(site.observing(weights))
                 block_output(task.block, task.inputs.get(task.stream, number), batch, self.loaded.context)
-        found: list[tuple[str, TrainableSite, torch.Tensor | None]] = []
-        for name, site in sites.items():
-            width = site.weight.shape[0]
-            hessian = site.take_hessian()
-            hessian = site.weight.new_zeros(width, width) if hessian is None else hessian
-            found.append((name, site, self.processes.sum(hessian)))
-        return found
+        return [(name, site, self._summed_hessian(site)) for name, site in sites.items()]
+
+    @torch.no_grad()
+    def _frozen_in_turn(self, index: int, task: BlockTask, sites: dict[str, TrainableSite]) -> dict[str, SplitLinear]:
+        """Round site after site, in the order in which they run.
+
+        Each receives what the quantized ones before it give, and is rounded towards what its float linears say to what
+        the float model's give.
+        """
+        exact = self.loaded.block(index)
+        frozen: dict[str, SplitLinear] = {}
+        for site in self.loaded.adapter.language_block:
+            name = self.loaded.adapter.site_name(index, site)
+            trained, linear = sites[name], exact.get_submodule(site.linears[0])
+            with trained.holding_weight():
+                for number in task.inputs.own:
+                    batch = task.inputs.batch(number)
+                    x = _input_of(linear, exact, task.inputs.get("float", number), batch, self.loaded)
+                    weights = self._row_weights(task, number)
+                    with trained.observing(weights, trained.float_output(x)):
+                        _input_of(trained, task.block, task.inputs.get("quantized", number), batch, self.loaded)
+            hessian, cross = self._summed_hessian(trained), trained.take_cross()
+            cross = self.processes.sum(torch.zeros_like(trained.weight) if cross is None else cross)
+            frozen[name] = trained.freeze(hessian, cross)
+            self._place(index, task.block, {**sites, **frozen})
+        return frozen
+
+    def _row_weights(self, task: BlockTask, number: int) -> torch.Tensor:
+        """Weight of every token in GPTQ's matrix, [batch, sequence, 1]."""
+        return (
+            task.weights(number) if self.config.learning.epochs else task.inputs.batch(number).keep[..., None].float()
+        )
+
+    def _summed_hessian(self, site: TrainableSite) -> torch.Tensor:
+        """Of all processes' samples."""
+        hessian = site.take_hessian()
+        return self.processes.sum(site.weight.new_zeros(*site.weight.shape[:1] * 2) if hessian is None else hessian)
 
     def _modality_weights(self, index: int, sensitivity: Sensitivity) -> tuple[float, float]:
         """Loss weights of text and vision tokens, with mean 1: MBQ's ratio of mean absolute gradients."""
@@ -275,8 +313,29 @@ class Calibration:
         mean = max((text + vision) / 2, 1e-20)
         return text / mean, vision / mean
 
-    def _place(self, index: int, block: nn.Module, frozen: dict[str, SplitLinear]) -> None:
-        place_sites(self.loaded.adapter, index, block, frozen)
+    def _place(self, index: int, block: nn.Module, sites: Mapping[str, nn.Module]) -> None:
+        place_sites(self.loaded.adapter, index, block, sites)
+
+
+class _Reached(Exception):
+    """The module was called; nothing behind it needs to run."""
+
+
+def _input_of(
+    module: nn.Module, block: nn.Module, hidden: torch.Tensor, batch: BlockBatch, loaded: LoadedModel
+) -> torch.Tensor:
+    """Run a block up to and with one of its modules; what the module received."""
+    seen: list[torch.Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_hook(stop).remove)
+        with suppress(_Reached):
+            block_output(block, hidden, batch, loaded.context)
+    return seen[0]
 
 
 def observe_block(
@@ -319,7 +378,7 @@ def observe_block(
     return {name: observer.stats(processes) for name, observer in observers.items()}
 
 
-def place_sites(adapter: ModelAdapter, index: int, block: nn.Module, sites: dict[str, SplitLinear]) -> None:
+def place_sites(adapter: ModelAdapter, index: int, block: nn.Module, sites: Mapping[str, nn.Module]) -> None:
     """Put quantized sites in place of a block's linears (or of what stands there for them).
 
     Args:

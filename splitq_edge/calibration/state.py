@@ -24,6 +24,7 @@ from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLine
 
 STATE_SCHEMA = 2
 HEADER_FILE = "calibration.json"
+TIMES_FILE = "times.json"
 CORRECTION_TENSORS = ("u", "u_scale", "v", "v_scale", "gate_cws", "gate_mac")
 
 
@@ -120,6 +121,16 @@ class CalibrationState:
         except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"{path}: expected a calibration state ({error}); delete the folder") from error
 
+    def times(self) -> dict[str, float]:
+        """Seconds that all runs together have calibrated, by the kind of device ("cpu", "cuda")."""
+        path = self.folder / TIMES_FILE
+        return {str(device): float(seconds) for device, seconds in self._read(path).items()} if path.is_file() else {}
+
+    def add_time(self, device: str, seconds: float) -> None:
+        """Count a run's seconds."""
+        known = self.times()
+        write_json(self.folder / TIMES_FILE, {**known, device: round(known.get(device, 0.0) + seconds, 1)})
+
     def finished(self) -> int:
         """Blocks finished without a gap."""
         count = 0
@@ -191,7 +202,9 @@ class CalibrationState:
 
     def _leftovers(self) -> list[Path]:
         """Temporary files of writers that were killed."""
-        return [path for name in ("block_*", "extra_*", HEADER_FILE) for path in self.folder.glob(f".{name}.*")]
+        return [
+            path for name in ("block_*", "extra_*", HEADER_FILE, TIMES_FILE) for path in self.folder.glob(f".{name}.*")
+        ]
 
     def scratch(self, rank: int) -> Path:
         """Folder for one process's hidden states beyond the memory limit; not part of the state."""
@@ -202,7 +215,7 @@ class CalibrationState:
         for folder in self.folder.glob("activations-*"):
             shutil.rmtree(folder, ignore_errors=True)
         written = [path for kind in ("block", "extra") for path in self.folder.glob(f"{kind}_*.safetensors")]
-        for path in [*written, *self._leftovers(), self.folder / HEADER_FILE]:
+        for path in [*written, *self._leftovers(), self.folder / TIMES_FILE, self.folder / HEADER_FILE]:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             os.rmdir(self.folder)

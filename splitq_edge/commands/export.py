@@ -95,8 +95,8 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
         config: a recipe instead of the one that the options name.
 
     Returns:
-        `calibration_s`: seconds that calibration took, without loading the model and writing the graphs;
-        `effective_bits`.
+        `calibration_s`: seconds that calibration took, without loading the model and writing the graphs, in all runs
+        that it was resumed in; `calibrated_on`: kind of device, several with a plus between; `effective_bits`.
 
     Raises:
         SplitQError: anything the user can mend; the blocks finished so far stay in the state folder.
@@ -126,18 +126,19 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
         sample = next((inputs for inputs in encoded if "pixel_values" in inputs), None)
         if sample is None:
             raise SplitQError("calibration: expected at least one sample with an image, got none; add one")
-        state, seconds = None, 0.0
+        state, result = None, {"calibration_s": 0.0, "calibrated_on": "cpu"}
         if config is not None:
             state = CalibrationState(options.state_folder, _header(options, config, samples, loaded))
-            seconds = calibrate(loaded, config, state, encoded, options, processes, progress)
+            times = calibrate(loaded, config, state, encoded, options, processes, progress)
+            result = {"calibration_s": sum(times.values()), "calibrated_on": "+".join(sorted(times))}
     processes.wait()
     if not processes.main:
-        return {"calibration_s": seconds}
+        return result
     if state is not None and state.finished() < loaded.block_count:
         console.print(
             f"{state.folder}: {state.finished()} of {loaded.block_count} blocks finished; go on with --resume"
         )
-        return {"calibration_s": seconds}
+        return result
     if device != "cpu" or loaded.weights is not None:
         loaded = _loaded_again(options, config)
     quantized = None if config is None or state is None else assemble(loaded, config, state)
@@ -164,7 +165,7 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     if state is not None and not options.keep_state:
         state.remove()
     console.print(f"{options.out}: {label}")
-    return {"calibration_s": seconds, "effective_bits": bits}
+    return {**result, "effective_bits": bits}
 
 
 def checked_layout(options: ExportOptions, loaded: LoadedModel, config: QuantConfig | None) -> Layout:
@@ -216,8 +217,8 @@ def calibrate(
     options: ExportOptions,
     processes: Processes,
     progress: Progress,
-) -> float:
-    """Calibrate the blocks that the state does not hold yet; returns the seconds it took."""
+) -> dict[str, float]:
+    """Calibrate the blocks that the state does not hold yet; returns the seconds of all runs by kind of device."""
     finished = processes.gather(state.start(resume=options.resume) if processes.main else 0)[0]
     begin = time.monotonic()
     scratch = state.scratch(processes.rank)
@@ -238,7 +239,9 @@ def calibrate(
         run.run(encoded, finished=finished, stop_after=options.stop_after)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return time.monotonic() - begin
+        if processes.main:
+            state.add_time(loaded.device.type, time.monotonic() - begin)
+    return state.times()
 
 
 def _activation_budget(loaded: LoadedModel, config: QuantConfig, options: ExportOptions) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import shutil
@@ -40,6 +42,8 @@ class TableOptions:
         results: JSON file of the rows.
         task: built-in tasks as `task_names` reads them, also the calibration data.
         work: folder for the exports.
+        states: folder that keeps the calibrations, each in a folder of its own; one begun there is gone on with. None
+            keeps none.
         limit: questions to ask, None for all.
         calib_samples: samples to calibrate with.
         seed: of samples and draw.
@@ -52,6 +56,7 @@ class TableOptions:
     results: Path
     task: str
     work: Path
+    states: Path | None = None
     limit: int | None = None
     calib_samples: int = 128
     seed: int = 0
@@ -80,39 +85,55 @@ class Measurement:
         return self.config is None
 
 
-def method_rows(methods: tuple[str, ...], schemes: tuple[str, ...], *, epochs: int | None = None) -> list[Measurement]:
+def method_rows(
+    methods: tuple[str, ...],
+    schemes: tuple[str, ...],
+    *,
+    epochs: int | None = None,
+    transform_lr: float | None = None,
+) -> list[Measurement]:
     """The float model, then every method at every scheme.
 
     Args:
         methods: names of the registry.
         schemes: presets.
         epochs: of the methods that learn, instead of the preset's; their labels say so.
+        transform_lr: likewise the peak learning rate of their transforms.
     """
     rows = [Measurement(*FLOAT, None)]
     for scheme in schemes:
         for method in methods:
-            config, label = method_config(method, preset(scheme)), method
-            if epochs is not None and config.learning.epochs:
-                config = replace(config, learning=replace(config.learning, epochs=epochs))
-                label += f", {epochs} epochs"
-            rows.append(Measurement(label, scheme, config))
+            config, suffix = method_config(method, preset(scheme)), ""
+            if config.learning.epochs:
+                config, suffix = _learning(config, epochs, transform_lr)
+            rows.append(Measurement(method + suffix, scheme, config))
     return rows
 
 
-def ablation_rows(table: str, scheme: str, *, epochs: int | None, transform: str | None) -> list[Measurement]:
+def _learning(config: QuantConfig, epochs: int | None, transform_lr: float | None) -> tuple[QuantConfig, str]:
+    """A recipe that learns otherwise than its preset, and what its label says of that."""
+    learning, suffix = config.learning, ""
+    if epochs is not None:
+        learning, suffix = replace(learning, epochs=epochs), f", {epochs} epochs"
+    if transform_lr is not None and learning.epochs:
+        learning = replace(learning, transform_lr=transform_lr)
+        suffix += f"{' at' if suffix else ', learning rate'} {transform_lr:g}"
+    return replace(config, learning=learning), suffix
+
+
+def ablation_rows(
+    table: str, scheme: str, *, epochs: int | None, transform_lr: float | None, transform: str | None
+) -> list[Measurement]:
     """The float model, then the rows of one of the paper's ablations, see `methods.ablation`.
 
     Args:
         table: "components", "rules", "mac" or "options".
         scheme: a preset.
         epochs: instead of the preset's; 0 learns nothing.
+        transform_lr: instead of the preset's.
         transform: instead of the preset's.
     """
-    config = preset(scheme)
-    label = ""
-    if epochs is not None:
-        config = replace(config, learning=replace(config.learning, epochs=epochs))
-        label += f", {epochs} epochs"
+    config, label = _learning(preset(scheme), epochs, transform_lr)
     if transform is not None:
         config = replace(config, transform=transform)
         label += f", {transform}"
@@ -231,16 +252,28 @@ def _export_and_evaluate(
         calib_samples=options.calib_samples,
         seed=options.seed,
     )
-    calibration_s = run_export(export, quiet, wanted.config)["calibration_s"]
+    if options.states is not None and wanted.config is not None:
+        folder = options.states / _state_name(options, wanted.config)
+        export = replace(export, state=folder, resume=True, keep_state=True)
+    exported = run_export(export, quiet, wanted.config)
     rows = []
     for task, reference in references.items():
         asked = EvalOptions(str(out), task, "ort", limit=options.limit, seed=options.seed, threads=0, json=None)
         asked = replace(asked, save_reference=reference) if wanted.is_float else replace(asked, reference=reference)
-        rows.append(_row(options, wanted, task, run_eval(asked, quiet), calibration_s))
+        rows.append(_row(options, wanted, task, run_eval(asked, quiet), exported))
     return rows
 
 
-def _row(options: TableOptions, wanted: Measurement, task: str, result: dict[str, Any], calibration_s: float) -> Row:
+def _state_name(options: TableOptions, config: QuantConfig) -> str:
+    """Folder of a calibration: by all that its integers depend on, so that rows of one recipe share it."""
+    depends = [Path(options.model).resolve().name, options.task, options.calib_samples, options.seed, config.to_dict()]
+    digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    return f"{config.method}-{config.scheme}-{digest[:12]}"
+
+
+def _row(
+    options: TableOptions, wanted: Measurement, task: str, result: dict[str, Any], exported: dict[str, Any]
+) -> Row:
     values = result["tasks"][task]
     return Row(
         method=wanted.method,
@@ -252,12 +285,13 @@ def _row(options: TableOptions, wanted: Measurement, task: str, result: dict[str
         stderr=values["stderr"],
         nll=values["nll"],
         effective_bits=result["effective_bits"],
-        calibration_s=calibration_s,
+        calibration_s=exported["calibration_s"],
         nll_stderr=values["nll_stderr"],
         kl=values.get("kl", 0.0),
         kl_stderr=values.get("kl_stderr", 0.0),
         calib_samples=options.calib_samples,
         seed=options.seed,
+        calibrated_on=exported["calibrated_on"],
     )
 
 

@@ -45,6 +45,7 @@ class Row:
         kl_stderr: its standard error.
         calib_samples: calibration samples.
         seed: of the calibration.
+        calibrated_on: kind of device that `calibration_s` is of, "cpu" or "cuda".
     """
 
     method: str
@@ -62,6 +63,7 @@ class Row:
     kl_stderr: float = 0.0
     calib_samples: int = 128
     seed: int = 0
+    calibrated_on: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, rounded in (
@@ -245,5 +247,5 @@ def _cells(row: Row) -> list[Any]:
         f"{row.nll:.4g}",
         f"{row.kl:.2g}",
         f"{row.effective_bits:.2f}",
-        f"{row.calibration_s:.0f}",
+        f"{row.calibration_s:.0f}" + ("" if row.calibrated_on == "cpu" else f" ({row.calibrated_on})"),
     ]

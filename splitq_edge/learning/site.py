@@ -19,7 +19,7 @@ from splitq_edge.modules.split_linear import GROUPS, Correction, GroupWeights, S
 from splitq_edge.quant.affine import dequantize_weight, expand_scale, quantize_weight, weight_scale
 from splitq_edge.quant.clipping import search_activation_clip, search_weight_clip
 from splitq_edge.quant.fake import fake_quantize_rows, fake_quantize_weight
-from splitq_edge.quant.rounding import gptq_codes
+from splitq_edge.quant.rounding import gptq_codes, weight_towards
 from splitq_edge.quant.transforms import (
     DENSE_WIDTH,
     apply_inverse,
@@ -186,7 +186,10 @@ class TrainableSite(nn.Module):
                 self.groups[group] = TrainableGroup(place, outputs, _setting(config, group), config.transform, device)
             begin += width
         self._hessian: torch.Tensor | None = None
+        self._cross: torch.Tensor | None = None
         self._row_weights: torch.Tensor | None = None
+        self._target: torch.Tensor | None = None
+        self._exact: torch.Tensor | None = None
         self._held: _WeightSide | None = None
         self._start_low_rank()
         if inputs is not None:
@@ -272,11 +275,15 @@ class TrainableSite(nn.Module):
             if name == "main" and side.u is not None:
                 compensation = self._compensate(transformed - rows[-1], side.u)
         activations = torch.cat(rows, -1)
-        self._observe(activations)
+        self._observe(activations, compensation)
         output = activations @ side.weight
         if compensation is not None:
             output = output + compensation
         return output if self.bias is None else output + self.bias
+
+    def float_output(self, x: torch.Tensor) -> torch.Tensor:
+        """What the float linears say, without bias: x [..., K] -> [..., N]."""
+        return x @ self.weight
 
     def _weight_side(self) -> _WeightSide:
         if self._held is not None:
@@ -343,42 +350,66 @@ class TrainableSite(nn.Module):
         return term * (self.context.mask == TEXT).float().reshape(*term.shape[:-1], 1)
 
     @contextmanager
-    def observing(self, weights: torch.Tensor) -> Iterator[None]:
+    def observing(self, weights: torch.Tensor, target: torch.Tensor | None = None) -> Iterator[None]:
         """Within the block, forwards add A^T diag(w) A of the quantized activations to the matrix that GPTQ uses.
 
         Args:
             weights: w of every token, [batch, sequence, 1], 0 for padding.
+            target: `float_output` of what the float model feeds the site, [batch, sequence, N]; given, A^T diag(w) E is
+                summed, too, with the error E of the exact weight on the quantized activations, MAC added.
         """
-        self._row_weights = weights
+        self._row_weights, self._target = weights, target
         try:
             yield
         finally:
-            self._row_weights = None
+            self._row_weights = self._target = None
 
-    def _observe(self, activations: torch.Tensor) -> None:
+    def _observe(self, activations: torch.Tensor, compensation: torch.Tensor | None) -> None:
         if self._row_weights is None:
             return
-        rows = (activations * self._row_weights.sqrt()).reshape(-1, activations.shape[-1])
+        root = self._row_weights.sqrt()
+        rows = (activations * root).reshape(-1, activations.shape[-1])
         product = rows.T @ rows
         self._hessian = product if self._hessian is None else self._hessian.add_(product)
+        if self._target is None:
+            return
+        error = self._target - activations @ self._exact_weight()
+        if compensation is not None:
+            error = error - compensation
+        product = rows.T @ (error * root).reshape(-1, error.shape[-1])
+        self._cross = product if self._cross is None else self._cross.add_(product)
+
+    def _exact_weight(self) -> torch.Tensor:
+        """P^-1 s W of all groups [K, N], kept until `take_cross`: it is asked for with every batch."""
+        if self._exact is None:
+            scaled = self._scaled_weight()
+            groups = [self._group(name) for name in self.groups]
+            self._exact = torch.cat([group.untransform(scaled[group.place], group.matrices()) for group in groups])
+        return self._exact
 
     def take_hessian(self) -> torch.Tensor | None:
         """What `observing` summed up, [K, K] in the order main, text, vision; forgotten afterwards."""
         hessian, self._hessian = self._hessian, None
         return hessian
 
+    def take_cross(self) -> torch.Tensor | None:
+        """What `observing` summed up with a target, [K, N] in the same order; forgotten afterwards."""
+        cross, self._cross, self._exact = self._cross, None, None
+        return cross
+
     @torch.no_grad()
-    def freeze(self, hessian: torch.Tensor | None = None) -> SplitLinear:
+    def freeze(self, hessian: torch.Tensor | None = None, cross: torch.Tensor | None = None) -> SplitLinear:
         """The quantized site with the learned values: integers, scales, factors.
 
         Args:
             hessian: [K, K] of `take_hessian` for GPTQ rounding, None for nearest.
+            cross: [K, N] of `take_cross` for rounding towards the float model's outputs, None for towards the weight.
         """
         correction: Correction | None = None
         targets: dict[str, _GroupTarget] = {}
         for name in self.groups:
-            targets[name], correction = self._target(name, correction)
-        codes = self._codes(targets, hessian)
+            targets[name], correction = self._group_target(name, correction)
+        codes = self._codes(targets, hessian, cross)
         groups = {
             name: GroupWeights(
                 codes[name],
@@ -405,7 +436,7 @@ class TrainableSite(nn.Module):
             activation_symmetric=self.config.activation_symmetric,
         )
 
-    def _target(self, name: str, correction: Correction | None) -> tuple[_GroupTarget, Correction | None]:
+    def _group_target(self, name: str, correction: Correction | None) -> tuple[_GroupTarget, Correction | None]:
         group = self._group(name)
         matrices = group.matrices()
         p1, p2 = (None, None) if matrices is None else (matrices[0].clone(), matrices[2].clone())
@@ -430,7 +461,9 @@ class TrainableSite(nn.Module):
             p1, p2, target, weight_scale(target, s.bits, group_size=s.group_size, clip=clip)
         ), correction
 
-    def _codes(self, targets: dict[str, _GroupTarget], hessian: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _codes(
+        self, targets: dict[str, _GroupTarget], hessian: torch.Tensor | None, cross: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         """int8 codes [K_g, N] of every group; GPTQ lets the error of one group flow into the next."""
         settings = {name: self._group(name).setting for name in targets}
         if hessian is None:
@@ -445,6 +478,8 @@ class TrainableSite(nn.Module):
             }
         widths = [target.weight.shape[0] for target in targets.values()]
         weight = _joined([target.weight for target in targets.values()])
+        if cross is not None:
+            weight = weight_towards(weight, hessian, cross)
         scales = [
             expand_scale(target.scale, width, settings[name].group_size).expand(width, -1)
             for (name, target), width in zip(targets.items(), widths, strict=True)

@@ -67,7 +67,7 @@ def _options(config: QuantConfig) -> Iterator[tuple[str, QuantConfig]]:
     changes: dict[str, tuple[Any, ...]] = {
         "learning.balance": ("none", "mbq", "answers"),
         "learning.propagate": ("float", "quantized"),
-        "rounding": ("nearest", "gptq"),
+        "rounding": ("nearest", "gptq", "gptaq"),
         "clip.weight": ("none", "search"),
         "clip.activation": ("none", "search"),
         "scale": ("none", "smoothquant"),

@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 64  # rows whose feedback is applied at once to the rows behind them
 DAMPING = 0.01  # share of the mean diagonal added to it
+OUTPUT_DAMPING = 0.3  # the same where weights move towards outputs: as many unknowns as weights, few rows
 
 
 def gptq_codes(
@@ -40,6 +41,32 @@ def gptq_codes(
     columns = max(1, SLICE // max(1, weight.shape[0]))
     parts = zip(weight.split(columns, 1), scale.split(columns, 1), strict=True)
     return torch.cat([_codes_of_columns(part, feedback, part_scale, bits) for part, part_scale in parts], 1)
+
+
+def weight_towards(
+    weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, damping: float = OUTPUT_DAMPING
+) -> torch.Tensor:
+    """The weight that minimizes |E - A D|^2 + damping * mean diagonal * |D|^2 as `weight + D`: ridge regression.
+
+    GPTQ rounds as if the activations were what the float layer received. They are not: they are rounded, and what made
+    them was rounded, too. Part of that error is a linear function of them, which the weight can take back before it is
+    rounded itself (the idea of GPTAQ, arXiv 2504.02692, here in closed form).
+
+    Args:
+        weight: [K, N] float32.
+        hessian: [K, K] float32, A^T A.
+        cross: [K, N] float32, A^T E with the error E of the output.
+        damping: see `OUTPUT_DAMPING`.
+
+    Returns:
+        [K, N] float32; the weight itself where nothing was seen.
+    """
+    mean = float(hessian.diagonal().mean())
+    if mean == 0:
+        return weight
+    damped = hessian.double()
+    damped.diagonal().add_(damping * mean)
+    return weight + torch.cholesky_solve(cross.double(), torch.linalg.cholesky(damped)).float()
 
 
 def _codes_of_columns(

@@ -23,6 +23,7 @@ bits: 3
 activation_bits: 3
 split: {{activation_bits: 4}}
 correction: {{residual_bits: 4}}
+rounding: {rounding}
 learning: {{epochs: 12, batch: 2, propagate: {propagate}}}
 """
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -59,7 +60,9 @@ class Run:
 
     def start(self, *options: str) -> subprocess.Popen[str]:
         recipe = self.folder / "recipe.yaml"
-        recipe.write_text(RECIPE.format(propagate=self.propagate))
+        # What needs the quantized blocks before it once: the rounding where learning does not.
+        rounding = "gptaq" if self.propagate == "float" else "nearest"
+        recipe.write_text(RECIPE.format(propagate=self.propagate, rounding=rounding))
         command = [sys.executable, "-m", "splitq_edge.cli", "export", self.model, self.out, "--recipe", recipe]
         command += ["--calib", self.chats, "--calib-samples", "4", "--seed", "3", *options]
         return subprocess.Popen(

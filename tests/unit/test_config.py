@@ -36,7 +36,7 @@ ALLOWED = [
     ("", "group_size", [0, 32, 64, 128], [-1, 1, 16, 48, 96, 256]),
     ("", "transform", ["hadamard", "identity"], ["", "Hadamard", "random", None]),
     ("", "scale", ["none", "smoothquant", "awq", "mbq"], ["", "AWQ", None]),
-    ("", "rounding", ["nearest", "gptq"], ["", "rtn", None]),
+    ("", "rounding", ["nearest", "gptq", "gptaq"], ["", "rtn", None]),
     ("", "vision", ["none", "W8A8", "W4A8", "W4A4"], ["", "W3A3", "w4a8", None]),
     ("", "lm_head", ["none", "W8A8", "W4A8"], ["", "W4A4", None]),
     ("", "embedding", ["none", "W8", "W4"], ["", "W3", "W8A8", 8]),

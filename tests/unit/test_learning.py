@@ -16,6 +16,7 @@ from splitq_edge.learning import reconstruct
 from splitq_edge.learning.invertible import InvertibleMatrix
 from splitq_edge.learning.reconstruct import token_weights
 from splitq_edge.learning.site import TrainableSite, merged_weight
+from splitq_edge.loading import LoadedModel
 from splitq_edge.methods.scales import ScaleInputs
 from splitq_edge.modality import ModalityContext
 from splitq_edge.parallel import Processes
@@ -213,3 +214,54 @@ def test_learning_lowers_the_error_of_every_block_and_repeats(propagate: str, tm
         assert results[0]["learned"] < 0.95 * results[0]["before"]
         assert all(result["learned"] <= result["before"] for result in results)
     assert errors[0] == errors[1]
+
+
+def hidden_states(loaded: LoadedModel, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """What the last block gives, by batch."""
+    with torch.no_grad(), loaded.modality_from_inputs():
+        return [loaded.model(**batch, output_hidden_states=True).hidden_states[-1] for batch in batches]
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W3A2"])
+def test_rounding_towards_outputs_takes_back_what_earlier_blocks_did(scheme: str, tmp_path: Path) -> None:
+    batches = chat_batches(8)
+    exact = hidden_states(tiny_loaded(), batches)
+    errors = {}
+    for rounding in ("gptq", "gptaq"):
+        config = replace(preset(scheme), rounding=rounding, learning=LearningConfig(epochs=0))
+        quantized = calibrated(tiny_loaded(), config, batches, tmp_path / rounding)
+        found = hidden_states(quantized.loaded, batches)
+        errors[rounding] = sum(float((y - e).square().sum()) for y, e in zip(found, exact, strict=True))
+    assert errors["gptaq"] < 0.7 * errors["gptq"]
+
+
+def test_error_of_the_output_is_summed_over_weighted_rows() -> None:
+    site = trainable(preset("W3A3"))
+    disturb(site)
+    site.quantize = False
+    rows = torch.randn(2, 5, sum(WIDTHS), generator=rng(1))
+    weights = torch.rand(2, 5, 1, generator=rng(3))
+    # Nothing is rounded and twice the output is wanted: what is missing is A W, and so the sum A^T diag(w) A W.
+    with torch.no_grad(), site.context.using(torch.zeros(2, 5, dtype=torch.int8)):
+        with site.observing(weights, 2 * site.float_output(rows)):
+            site(rows)
+        exact = torch.cat([weight for _, weight in exact_groups(site)])
+    hessian, cross = site.take_hessian(), site.take_cross()
+    assert hessian is not None
+    assert cross is not None
+    torch.testing.assert_close(cross, hessian @ exact, atol=1e-3, rtol=1e-4)
+    assert site.take_cross() is None
+
+
+def exact_groups(site: TrainableSite) -> list[tuple[str, torch.Tensor]]:
+    """P^-1 s W of every group, from the parts."""
+    found = []
+    for name, module in site.groups.items():
+        group = site._group(name)
+        assert group is module
+        channels = site.order[group.place]
+        scaled = site.weight[channels] * site.log_scale[channels].exp()[:, None]
+        matrices = group.matrices()
+        assert matrices is not None
+        found.append((name, torch.kron(matrices[1], matrices[3]) @ scaled))
+    return found

@@ -24,7 +24,7 @@ def row(method: str = "rtn", scheme: str = "W4A8", **changes: Any) -> Row:
 
 def test_rows_have_exactly_these_keys() -> None:
     keys = "method scheme backend task n accuracy stderr nll effective_bits calibration_s"
-    more = "nll_stderr kl kl_stderr calib_samples seed"
+    more = "nll_stderr kl kl_stderr calib_samples seed calibrated_on"
     assert list(asdict(row())) == keys.split() + more.split()
 
 

@@ -9,7 +9,7 @@ from builders import rng
 
 from splitq_edge.quant import rounding
 from splitq_edge.quant.affine import code_range, expand_scale, quantize_symmetric, weight_scale
-from splitq_edge.quant.rounding import DAMPING, gptq_codes, inverse_factor
+from splitq_edge.quant.rounding import DAMPING, gptq_codes, inverse_factor, weight_towards
 
 
 def problem(channels: int = 80, outputs: int = 6, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,3 +158,22 @@ def test_matrix_that_cannot_be_inverted_is_said_and_rounds_to_nearest(
     codes = gptq_codes(weight, hessian, scale, all_bits(weight, 3), name="layers.1.mlp_in")
     assert torch.equal(codes, nearest(weight, scale, 3))
     assert "layers.1.mlp_in: GPTQ's matrix is not positive definite" in caplog.text
+
+
+def test_weight_towards_outputs_solves_the_ridge_regression() -> None:
+    activations, weight = problem()
+    error = torch.randn(activations.shape[0], weight.shape[1], generator=rng(5))
+    hessian = activations.T @ activations
+    moved = weight_towards(weight, hessian, activations.T @ error, 0.1) - weight
+    # Ridge regression is least squares with K more rows, sqrt(damping * mean diagonal) times the identity.
+    strength = float(0.1 * hessian.diagonal().mean()) ** 0.5
+    rows = np.concatenate([activations.double().numpy(), strength * np.eye(weight.shape[0])])
+    wanted = np.concatenate([error.double().numpy(), np.zeros(weight.shape)])
+    expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    np.testing.assert_allclose(moved.numpy(), expected, atol=1e-5)
+    assert (error - activations @ moved).square().sum() < 0.95 * error.square().sum()
+
+
+def test_weight_stays_where_nothing_was_seen() -> None:
+    _, weight = problem()
+    assert torch.equal(weight_towards(weight, torch.zeros(80, 80), torch.zeros_like(weight)), weight)

@@ -219,6 +219,18 @@ def killed_while_writing(state: CalibrationState, monkeypatch: pytest.MonkeyPatc
             state.save(index, BlockRecord({"site": site_of("all", channel_scale=False)}, {}))
 
 
+def test_times_of_all_runs_are_summed_by_device_and_go_with_the_state(tmp_path: Path) -> None:
+    state = CalibrationState(tmp_path / "state", HEADER)
+    state.start(resume=False)
+    assert state.times() == {}
+    for device, seconds in (("cuda", 1.04), ("cpu", 3.0), ("cuda", 0.5)):
+        state.add_time(device, seconds)
+    again = CalibrationState(tmp_path / "state", HEADER)
+    assert again.times() == {"cuda": 1.5, "cpu": 3.0}  # to a tenth
+    again.remove()
+    assert not again.folder.exists()
+
+
 def test_leftovers_of_a_killed_writer_do_not_disturb_and_go_with_the_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

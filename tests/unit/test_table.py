@@ -14,7 +14,7 @@ from rich.console import Console
 from splitq_edge.artifacts import EXPORT_FILE, write_json
 from splitq_edge.cli import main
 from splitq_edge.commands import table
-from splitq_edge.config import QuantConfig
+from splitq_edge.config import QuantConfig, preset
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.tasks import Question
 
@@ -44,7 +44,7 @@ class Fakes:
         if pair in self.fail:
             raise self.fail[pair]
         write_json(options.out / EXPORT_FILE, {"scheme": options.scheme})
-        return {"calibration_s": 0.0 if options.scheme == "none" else 12.34}
+        return {"calibration_s": 0.0 if options.scheme == "none" else 12.34, "calibrated_on": "cuda"}
 
     def run_eval(self, options: Any, _console: Console) -> dict[str, Any]:
         if self.eval_error is not None:
@@ -122,6 +122,7 @@ def test_every_method_is_measured_at_every_scheme_after_the_float_model(
         "kl_stderr": 0.01,
         "calib_samples": 7,
         "seed": 3,
+        "calibrated_on": "cuda",
     }
     assert {(options.calib, options.calib_samples, options.seed) for options in fakes.options} == {("easyvqa", 7, 3)}
     assert result.output.count("75.00 ± 1.00") == len(ALL)
@@ -135,6 +136,47 @@ def test_fewer_epochs_are_those_of_methods_that_learn_and_in_their_labels(
     labels = ["fp32", "rtn", "splitq, 2 epochs", "rtn", "splitq, 2 epochs"]
     assert [row["method"] for row in rows(tmp_path)] == labels
     assert [None if config is None else config.learning.epochs for config in fakes.configs] == [None, 0, 2, 0, 2]
+
+
+def test_another_learning_rate_is_that_of_methods_that_learn_and_in_their_labels(
+    run: Callable[..., Result], fakes: Fakes, tmp_path: Path
+) -> None:
+    assert run("--epochs", "2", "--transform-lr", "0.015", "--schemes", "W4A8").exit_code == 0
+    assert run("--transform-lr", "0.015", "--schemes", "W4A8").exit_code == 0
+    assert run("--epochs", "0", "--transform-lr", "0.015", "--schemes", "W4A8").exit_code == 0
+    labels = ["splitq, 2 epochs at 0.015", "splitq, learning rate 0.015", "splitq, 0 epochs"]
+    assert [row["method"] for row in rows(tmp_path)] == ["fp32", "rtn", *labels]
+    rates = [config.learning.transform_lr for config in fakes.configs if config and config.method == "splitq"]
+    assert rates == [0.015, 0.015, preset("W4A8").learning.transform_lr]
+
+
+def test_kept_calibrations_are_gone_on_with_and_shared_by_rows_of_one_recipe(fakes: Fakes, tmp_path: Path) -> None:
+    arguments = ["--results", str(tmp_path / "results.json"), "--work", str(tmp_path / "work")]
+    arguments += ["--states", str(tmp_path / "states")]
+    commands = (["table", "--methods", "rtn,splitq", "--schemes", "W3A3"], ["ablate", "--tables", "components"])
+    for command, *options in commands:
+        result = CliRunner().invoke(main, [command, "models/tiny", *options, *arguments])
+        assert result.exit_code == 0, result.output
+    assert all(
+        (o.resume, o.keep_state) == (config is not None,) * 2
+        for o, config in zip(fakes.options, fakes.configs, strict=True)
+    )
+    found = {tuple(pair): options.state for pair, options in zip(fakes.exported, fakes.options, strict=True)}
+    assert found[("fp32", "none")] is None
+    places = [options.state for options in fakes.options if options.scheme != "none"]
+    assert all(place.parent == tmp_path / "states" for place in places)
+    splitq = [place for place in places if place.name.startswith("splitq-W3A3-")]
+    assert len(places) == 6  # rtn and splitq, then flatquant, +MOCD, +CWS and +MAC, which is splitq
+    assert len(splitq) == 4
+    assert len(set(splitq)) == 3
+    assert run_with_seed(arguments, fakes) not in places
+
+
+def run_with_seed(arguments: list[str], fakes: Fakes) -> Path | None:
+    """Where the calibration of another seed is kept."""
+    CliRunner().invoke(main, ["table", "models/tiny", "--methods", "rtn", "--redo", "--seed", "1", *arguments])
+    kept: Path | None = fakes.options[-1].state
+    return kept
 
 
 def test_several_tasks_share_one_export_a_row(run: Callable[..., Result], fakes: Fakes, tmp_path: Path) -> None:
@@ -300,7 +342,7 @@ def test_leftovers_of_a_killed_table_are_removed(run: Callable[..., Result], tmp
 
 def test_markdown_is_printed_on_demand(run: Callable[..., Result]) -> None:
     output = run("--markdown").output
-    assert "| W3A3 | splitq | 20 | 75.00 ± 1.00 | 0.5 | 0.25 | 4.10 | 12 |" in output
+    assert "| W3A3 | splitq | 20 | 75.00 ± 1.00 | 0.5 | 0.25 | 4.10 | 12 (cuda) |" in output
 
 
 def test_missing_native_library_stops_before_any_export(
