@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -163,30 +163,37 @@ def settle_gates(task: BlockTask, scale: float) -> float:
     Returns:
         The block's relative error.
     """
-    gates = [gate for site in task.sites for gate in site.parameter_groups()["gate"] if gate.numel()]
-    learned = [gate.detach().clone() for gate in gates]
+    gates = [(site, gate) for site in task.sites for gate in site.parameter_groups()["gate"] if gate.numel()]
+    learned = [gate.detach().clone() for _, gate in gates]
     count = len(task.inputs)
     looked_at = range(count)[:: max(1, count // GATE_BATCHES)][:GATE_BATCHES]  # evenly: batches are sorted by length
-    error = block_error(task, scale, looked_at)
-    for _ in range(SWEEPS):
-        moved = False
-        for gate, end in zip(gates, learned, strict=True):
-            best = gate.detach().clone()
-            start = torch.ones_like(end)
-            gate.copy_(start)
-            trial = block_error(task, scale, looked_at)
-            if trial <= error:
-                moved = moved or trial < error
-                best, error = start, trial
-                for share in SHARES:
-                    gate.copy_(torch.lerp(start, end, share))
-                    trial = block_error(task, scale, looked_at)
-                    if trial < error:
-                        best, error, moved = gate.detach().clone(), trial, True
-            gate.copy_(best)
-        if not moved:
-            break
-    return block_error(task, scale)
+
+    def error_with(site: TrainableSite, gate: nn.Parameter, value: torch.Tensor) -> float:
+        gate.copy_(value)
+        site.hold_again()  # the weights of the other sites are as they were
+        return _held_error(task, scale, looked_at)
+
+    with _holding_weights(task):
+        error = _held_error(task, scale, looked_at)
+        for _ in range(SWEEPS):
+            moved = False
+            for (site, gate), end in zip(gates, learned, strict=True):
+                best = gate.detach().clone()
+                start = torch.ones_like(end)
+                trial = error_with(site, gate, start)
+                if trial <= error:
+                    moved = moved or trial < error
+                    best, error = start, trial
+                    for share in SHARES:
+                        value = torch.lerp(start, end, share)
+                        trial = error_with(site, gate, value)
+                        if trial < error:
+                            best, error, moved = value, trial, True
+                gate.copy_(best)
+                site.hold_again()
+            if not moved:
+                break
+        return _held_error(task, scale)
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> None:
@@ -222,10 +229,20 @@ def block_error(task: BlockTask, scale: float | None = None, numbers: Collection
         scale: one over the energy of all batches, worked out where it is not given.
         numbers: only these batches; all by default.
     """
-    total = torch.zeros((), device=task.inputs.device)
+    with _holding_weights(task):
+        return _held_error(task, 1 / _energy(task) if scale is None else scale, numbers)
+
+
+@contextmanager
+def _holding_weights(task: BlockTask) -> Iterator[None]:
     with ExitStack() as held:
         for site in task.sites:
             held.enter_context(site.holding_weight())
-        for number in task.inputs.own if numbers is None else sorted(set(task.inputs.own) & set(numbers)):
-            total += task.squared_error(number)
-    return float(task.processes.sum(total)) * (1 / _energy(task) if scale is None else scale)
+        yield
+
+
+def _held_error(task: BlockTask, scale: float, numbers: Collection[int] | None = None) -> float:
+    total = torch.zeros((), device=task.inputs.device)
+    for number in task.inputs.own if numbers is None else sorted(set(task.inputs.own) & set(numbers)):
+        total += task.squared_error(number)
+    return float(task.processes.sum(total)) * scale

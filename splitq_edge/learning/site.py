@@ -314,6 +314,12 @@ class TrainableSite(nn.Module):
         finally:
             self._held = None
 
+    def hold_again(self) -> None:
+        """Within `holding_weight`: quantize the weight anew, after a parameter has changed."""
+        with torch.no_grad():
+            self._held = None
+            self._held = self._weight_side()
+
     def _scaled_rows(self, x: torch.Tensor) -> torch.Tensor:
         """x / s [..., K], channels in the order main, text, vision."""
         return _Permute.apply(x, self.order) / self.log_scale[self.order].exp()

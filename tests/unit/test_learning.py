@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +138,26 @@ def test_loss_caps_tokens_with_huge_updates_and_ignores_padding() -> None:
     torch.testing.assert_close(balanced.flatten(), torch.tensor([0.0, 0.5 / 5000, 1.5, 0.5, 0.5]))
 
 
+class Gated:
+    """A site of gates alone, whose forward sees what was held last."""
+
+    def __init__(self, *gates: torch.Tensor) -> None:
+        self.gates = [torch.nn.Parameter(gate) for gate in gates]
+        self.held: list[torch.Tensor] = []
+
+    def parameter_groups(self) -> dict[str, list[torch.nn.Parameter]]:
+        return {"gate": self.gates}
+
+    @contextmanager
+    def holding_weight(self) -> Iterator[None]:
+        self.hold_again()
+        yield
+        self.held = []
+
+    def hold_again(self) -> None:
+        self.held = [gate.detach().clone() for gate in self.gates]
+
+
 @pytest.mark.parametrize(
     ("learned", "optimum", "expected"),
     [
@@ -148,18 +170,22 @@ def test_loss_caps_tokens_with_huge_updates_and_ignores_padding() -> None:
 def test_gates_that_lose_to_their_start_are_moved(
     learned: float, optimum: float, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moving, good = torch.nn.Parameter(torch.full((2,), learned)), torch.nn.Parameter(torch.full((3,), 1.5))
-    site = SimpleNamespace(parameter_groups=lambda: {"gate": [moving, good]})
-    bare = SimpleNamespace(parameter_groups=lambda: {"gate": [torch.nn.Parameter(torch.ones(0))]})
+    bare, site = Gated(torch.ones(0)), Gated(torch.full((2,), learned), torch.full((3,), 1.5))
 
-    def error(_task: object, scale: float, _numbers: object = None) -> float:
-        return scale * float((moving - optimum).square().sum() + (good - 1.5).square().sum())
+    def error_of(moving: torch.Tensor, good: torch.Tensor) -> float:
+        return 0.5 * float((moving - optimum).square().sum() + (good - 1.5).square().sum())
 
-    monkeypatch.setattr(reconstruct, "block_error", error)
+    def held_error(_task: object, scale: float, _numbers: object = None) -> float:
+        assert scale == 0.5
+        return error_of(*site.held)
+
+    monkeypatch.setattr(reconstruct, "_held_error", held_error)
     found = reconstruct.settle_gates(SimpleNamespace(sites=[bare, site], inputs=range(3)), 0.5)  # type: ignore[arg-type]
-    torch.testing.assert_close(moving.detach(), torch.full((2,), expected))
-    torch.testing.assert_close(good.detach(), torch.full((3,), 1.5))
-    assert found == pytest.approx(error(None, 0.5))
+    moving, good = (gate.detach() for gate in site.gates)
+    torch.testing.assert_close(moving, torch.full((2,), expected))
+    torch.testing.assert_close(good, torch.full((3,), 1.5))
+    assert found == pytest.approx(error_of(moving, good))
+    assert site.held == []
 
 
 def samples_of(*lengths: int) -> list[dict[str, torch.Tensor]]:
