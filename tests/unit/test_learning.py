@@ -12,8 +12,12 @@ import pytest
 import torch
 from builders import calibrated, chat_batches, no_split, random_linears, random_plan, rng, tiny_loaded
 
+from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.block_inputs import BlockBatch, padded_batches
+from splitq_edge.calibration.runner import Calibration
+from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.config import CorrectionConfig, LearningConfig, QuantConfig, preset
+from splitq_edge.convert import assemble
 from splitq_edge.learning import reconstruct
 from splitq_edge.learning.invertible import InvertibleMatrix
 from splitq_edge.learning.reconstruct import token_weights
@@ -259,6 +263,29 @@ def test_rounding_towards_outputs_takes_back_what_earlier_blocks_did(scheme: str
         found = hidden_states(quantized.loaded, batches)
         errors[rounding] = sum(float((y - e).square().sum()) for y, e in zip(found, exact, strict=True))
     assert errors["gptaq"] < 0.7 * errors["gptq"]
+
+
+class Twice(Processes):
+    """As if another process had the same samples."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+
+def test_rounding_towards_outputs_takes_the_samples_of_all_processes(tmp_path: Path) -> None:
+    # Twice the matrices are the same regression, if both are summed.
+    config = replace(preset("W3A3"), rounding="gptaq", learning=LearningConfig(epochs=0))
+    found = []
+    for processes in (Processes(alone=True), Twice(alone=True)):
+        loaded, folder = tiny_loaded(), tmp_path / type(processes).__name__
+        state = CalibrationState(folder, {})
+        run = Calibration(loaded, config, state, ActivationStore(folder / "hidden"), 0, processes)
+        run.run(chat_batches(6), finished=state.start(resume=False))
+        found.append(assemble(loaded, config, state).sites)
+    alone, twice = found
+    for name, site in alone.items():
+        for group, weights in site.groups.items():
+            assert torch.equal(weights.qweight, twice[name].groups[group].qweight), (name, group)
 
 
 def test_error_of_the_output_is_summed_over_weighted_rows() -> None:
