@@ -110,14 +110,15 @@ def plot(table: Table, path: Path) -> None:
             [100 * mean.accuracy for _, mean in means],
             width,
             yerr=[100 * mean.stderr for _, mean in means],
-            color="tab:red" if name == "splitq" else f"C{number + 4}" if number else "0.7",
+            color="tab:red" if name == "splitq" else f"{0.9 - 0.08 * number:.2f}",
             label=name,
         )
     axis.axhline(100 * table.means[FLOAT].accuracy, color="black", linewidth=0.8, label="float32")
     axis.set_xticks(range(len(SCHEMES)), SCHEMES)
     axis.set_ylabel("average accuracy of six tasks, %")
     axis.set_title(f"{MODEL} in ONNX Runtime, native kernels")
-    axis.legend(ncol=3, fontsize=8, loc="lower left")
+    axis.set_ylim(0, 100)
+    figure.legend(ncol=9, fontsize=8, loc="outside lower center")
     figure.savefig(path, dpi=110)
 
 
