@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -81,6 +84,18 @@ def random_linears(channels: int, outputs: Sequence[int], *, bias: bool = False,
                 linear.bias.copy_(torch.randn(width, generator=generator))
         linears.append(linear)
     return linears
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script beside the package, as a module."""
+    name = f"{path.parent.name}/{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 CLOSED_FORM = LearningConfig(epochs=0)

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import click
 
+from splitq_edge.config import PRESETS
 from splitq_edge.evaluate.results import Average, Results, Row, averages
+from splitq_edge.evaluate.tasks import TASKS
+from splitq_edge.methods.registry import METHODS
 
 FOLDER = Path(__file__).parent
 MODEL = "smolvqa-135m"
-TASKS = ("easyvqa", "ocr", "counting", "spatial", "fashion", "cifar10")
-SCHEMES = ("W4A8", "W4A4", "W3A3", "W3A2")
-METHODS = ("rtn", "smoothquant", "awq", "gptq", "mbq", "quarot", "flatquant", "splitq")
-FLOAT = ("none", "fp32")
+SCHEMES = tuple(PRESETS)
+FLOAT = ("none", "fp32")  # scheme and method
 ABLATIONS = {
     "components": "components, one after the other",
     "rules": "rules of channel choice, without correction",

@@ -247,7 +247,26 @@ def block_output(block: nn.Module, hidden: torch.Tensor, batch: BlockBatch, cont
 
 
 class _Reached(Exception):
-    """The last block was called; nothing behind it needs to run."""
+    """The module that was waited for was called; nothing behind it needs to run."""
+
+
+def input_of(
+    module: nn.Module, block: nn.Module, hidden: torch.Tensor, batch: BlockBatch, context: ModalityContext
+) -> torch.Tensor:
+    """Run a block up to and with one of its modules; what the module received."""
+    seen: list[torch.Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    try:
+        with suppress(_Reached):
+            block_output(block, hidden, batch, context)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ finished blocks instead of storing them; with the same seed and threads it ends 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,11 @@ from torch import nn
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.block_inputs import (
-    BlockBatch,
     BlockInputs,
     PaddedBatch,
     block_output,
     first_block_inputs,
+    input_of,
     padded_batches,
 )
 from splitq_edge.calibration.extra_sites import (
@@ -284,10 +284,11 @@ class Calibration:
             with trained.holding_weight():
                 for number in task.inputs.own:
                     batch = task.inputs.batch(number)
-                    x = _input_of(linear, exact, task.inputs.get("float", number), batch, self.loaded)
+                    x = input_of(linear, exact, task.inputs.get("float", number), batch, self.loaded.context)
                     weights = self._row_weights(task, number)
                     with trained.observing(weights, trained.float_output(x)):
-                        _input_of(trained, task.block, task.inputs.get("quantized", number), batch, self.loaded)
+                        hidden = task.inputs.get("quantized", number)
+                        input_of(trained, task.block, hidden, batch, self.loaded.context)
             hessian, cross = self._summed_hessian(trained), trained.take_cross()
             cross = self.processes.sum(torch.zeros_like(trained.weight) if cross is None else cross)
             frozen[name] = trained.freeze(hessian, cross)
@@ -315,27 +316,6 @@ class Calibration:
 
     def _place(self, index: int, block: nn.Module, sites: Mapping[str, nn.Module]) -> None:
         place_sites(self.loaded.adapter, index, block, sites)
-
-
-class _Reached(Exception):
-    """The module was called; nothing behind it needs to run."""
-
-
-def _input_of(
-    module: nn.Module, block: nn.Module, hidden: torch.Tensor, batch: BlockBatch, loaded: LoadedModel
-) -> torch.Tensor:
-    """Run a block up to and with one of its modules; what the module received."""
-    seen: list[torch.Tensor] = []
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
-        seen.append(args[0])
-        raise _Reached
-
-    with ExitStack() as stack:
-        stack.callback(module.register_forward_hook(stop).remove)
-        with suppress(_Reached):
-            block_output(block, hidden, batch, loaded.context)
-    return seen[0]
 
 
 def observe_block(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from builders import load_script
 from click.testing import CliRunner, Result
 
 from splitq_edge.evaluate.results import Results, Row
@@ -20,12 +19,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "models" / "smolvqa-135m" / "smok
 @pytest.fixture
 def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, its record in a folder of the test."""
-    spec = importlib.util.spec_from_file_location("accuracy_smoke", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "accuracy_smoke", module)
-    spec.loader.exec_module(module)
+    module = load_script(SCRIPT)
     monkeypatch.setattr(module, "RECORD", tmp_path / "smoke.json")
     return module
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import write_image
+from builders import load_script, write_image
 from families import tiny_qwen2_5_vl_config
 
 from splitq_edge.adapters.registry import adapter_for
@@ -19,12 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "models" / "qwen2.5-vl-3b-shaped"
 
 @pytest.fixture(scope="module")
 def make() -> Any:
-    spec = importlib.util.spec_from_file_location("make_shaped", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def write(make: Any, folder: Path, seed: int) -> Path:

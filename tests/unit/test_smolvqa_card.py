@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from builders import load_script
 from click.testing import CliRunner
 
 from splitq_edge.evaluate.results import Results, Row
@@ -16,12 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "models" / "smolvqa-135m" / "tables.py"
 
 @pytest.fixture
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("smolvqa_tables", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_card_has_every_line_of_the_tables(tables: ModuleType) -> None:
