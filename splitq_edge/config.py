@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -269,23 +269,23 @@ def _is_float_without_dot(value: Any) -> bool:
 
 
 # What every preset shares; docs/method.md has the measurements behind the choice.
-_COMMON: dict[str, Any] = {"rounding": "gptq", "clip": ClipConfig(weight="search", activation="search")}
-# Auxiliary paths (outlier groups, residual) follow the main activation width but never go below 4 bits.
-_LOW_SPLIT = SplitConfig(activation_bits=4)
+_COMMON: dict[str, Any] = {"rounding": "gptaq", "clip": ClipConfig(weight="search", activation="search")}
+# The outlier groups' activations are one width wider than the main ones: 8 bits over 4, and 4 over 3 and 2. Below 8-bit
+# activations MAC's residual has 4 bits.
+_FOUR_BIT_SPLIT = SplitConfig(activation_bits=4)
+_LOW_CORRECTION = CorrectionConfig(residual_bits=4, mac_rows="all")
 PRESETS: dict[str, QuantConfig] = {
     "W4A8": QuantConfig("W4A8", bits=4, activation_bits=8, **_COMMON),
-    "W4A4": QuantConfig(
-        "W4A4", bits=4, activation_bits=4, split=_LOW_SPLIT, correction=CorrectionConfig(residual_bits=4), **_COMMON
-    ),
+    "W4A4": QuantConfig("W4A4", bits=4, activation_bits=4, correction=_LOW_CORRECTION, **_COMMON),
     "W3A3": QuantConfig(
-        "W3A3", bits=3, activation_bits=3, split=_LOW_SPLIT, correction=CorrectionConfig(residual_bits=4), **_COMMON
+        "W3A3", bits=3, activation_bits=3, split=_FOUR_BIT_SPLIT, correction=_LOW_CORRECTION, **_COMMON
     ),
     "W3A2": QuantConfig(
         "W3A2",
         bits=3,
         activation_bits=2,
-        split=_LOW_SPLIT,
-        correction=CorrectionConfig(cws_ratio=0.03, mac_ratio=0.05, residual_bits=4, mac_rows="all"),
+        split=_FOUR_BIT_SPLIT,
+        correction=replace(_LOW_CORRECTION, cws_ratio=0.03, mac_ratio=0.05),
         **_COMMON,
     ),
 }

@@ -106,6 +106,8 @@ def plot(table: Table, path: Path) -> None:
     width = 0.8 / len(METHODS)
     for number, name in enumerate(METHODS):
         means = [(place, mean) for place, scheme in enumerate(SCHEMES) if (mean := table.method(scheme, name))]
+        if not means:
+            continue
         axis.bar(
             [place + (number - (len(METHODS) - 1) / 2) * width for place, _ in means],
             [100 * mean.accuracy for _, mean in means],

@@ -140,7 +140,8 @@ def test_exported_peers_have_ops_without_outlier_groups_and_correction(
             plain = values["group_widths"][1:] == [0, 0] and not values.get("cws_rank") and not values.get("mac_rank")
             assert plain == (name != "splitq"), name
         inputs = {value.name for value in graph.input}
-        assert ("modality" in inputs) == (name == "splitq")
+        correction = quantized.config.correction
+        assert ("modality" in inputs) == (correction.mac_ratio > 0 and correction.mac_rows == "text")
 
 
 @pytest.mark.parametrize("scheme", list(PRESETS))

@@ -24,8 +24,10 @@ def test_sample_that_rounding_decides_is_not_asked() -> None:
     assert case_limits(15.0, {"prefill": 5.7, "middle": 12.0}) == {"prefill": None, "middle": 6.0}
 
 
-def test_single_step_is_always_held_to_the_limit() -> None:
-    assert case_limits(15.0, {"step": 0.0}) == {}
+def test_single_step_is_asked_like_the_others_but_never_for_nothing() -> None:
+    assert case_limits(30.0, {"step": 29.5}) == {"step": 23.5}
+    assert case_limits(30.0, {"step": 36.1}) == {}
+    assert case_limits(15.0, {"step": 0.0}) == {"step": 6.0}
 
 
 def test_limits_of_a_part_and_of_its_samples() -> None:
