@@ -59,15 +59,17 @@ ENGINES: dict[str, Engine] = {"reference": run_reference, "ort": run_ort}
 if os.environ.get("SPLITQ_EXPECT_NATIVE") == "1" or library_path() is not None:
     ENGINES["native"] = run_native
 
-ASYMMETRIC = dataclasses.replace(preset("W3A3"), activation_bits=2, activation_symmetric=False)
-ALL_ROWS = dataclasses.replace(preset("W4A4"), correction=CorrectionConfig(residual_bits=4, mac_rows="all"))
+TEXT_ROWS = CorrectionConfig(residual_bits=4, mac_rows="text")
+MASKED = dataclasses.replace(preset("W4A4"), correction=TEXT_ROWS)
+MASKED_W3A3 = dataclasses.replace(preset("W3A3"), correction=TEXT_ROWS)
+ASYMMETRIC = dataclasses.replace(MASKED_W3A3, activation_bits=2, activation_symmetric=False)
 CONFIGS: dict[str, tuple[QuantConfig, tuple[int, int, int]]] = {
     **{scheme: (preset(scheme), EXACT) for scheme in ("W4A8", "W4A4", "W3A3", "W3A2")},
     "W2A8": (dataclasses.replace(preset("W4A8"), bits=2), EXACT),
     "W8A8": (dataclasses.replace(preset("W4A8"), bits=8), EXACT),
     "groups": (dataclasses.replace(preset("W4A8"), group_size=64), EXACT),
     "asymmetric": (ASYMMETRIC, EXACT),
-    "mac_on_all_rows": (ALL_ROWS, EXACT),
+    "mac_on_text_rows": (MASKED, EXACT),
     "short_last_group": (no_split(bits=3, group_size=32), (80, 0, 0)),
     "cws_longer_than_mac": (no_split(activation_bits=4, correction=CorrectionConfig(0.3, 0.15)), (64, 8, 7)),
     "eight_bit_factors": (no_split(activation_bits=4, correction=CorrectionConfig(0.15, 0.3, bits=8)), (64, 0, 8)),
@@ -160,7 +162,7 @@ def test_the_bound_notices_one_wrong_code() -> None:
 
 
 @pytest.mark.parametrize("setting", ["clip", "channel_scale"])
-@pytest.mark.parametrize("config", [preset("W4A4"), ASYMMETRIC], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("config", [MASKED, ASYMMETRIC], ids=["symmetric", "asymmetric"])
 def test_clip_and_channel_scale_reach_every_engine(config: QuantConfig, setting: str) -> None:
     site, _ = random_site(config, widths=EXACT)
     x, mask = whole_numbers(2, 5, 288), mixed_mask(2, 5)
@@ -181,7 +183,7 @@ def test_clip_and_channel_scale_reach_every_engine(config: QuantConfig, setting:
 @pytest.mark.parametrize("packed", [False, True], ids=["portable", "packed"])
 @pytest.mark.parametrize("mask", ["text", "vision"])
 def test_passes_of_one_modality_agree(mask: str, packed: bool) -> None:
-    site, _ = random_site(preset("W3A3"), widths=EXACT)
+    site, _ = random_site(MASKED_W3A3, widths=EXACT)
     x = whole_numbers(1, 4, 288)
     modality = torch.full((1, 4), int(mask == "vision"), dtype=torch.int8)
     with site.context.using(modality):
@@ -193,7 +195,7 @@ def test_passes_of_one_modality_agree(mask: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 1), (2, 0)])
 def test_other_batches_and_lengths_agree(shape: tuple[int, int]) -> None:
-    site, _ = random_site(preset("W4A4"), widths=EXACT)
+    site, _ = random_site(MASKED, widths=EXACT)
     x = whole_numbers(*shape, 288) if 0 not in shape else torch.zeros(*shape, 288)
     mask = mixed_mask(*shape)
     with site.context.using(mask):
