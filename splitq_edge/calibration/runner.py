@@ -277,6 +277,8 @@ class Calibration:
         the float model's give.
         """
         exact = self.loaded.block(index)
+        kept = sum(int(task.inputs.batch(number).keep.sum()) for number in task.inputs.own)
+        rows = int(self.processes.sum(torch.tensor(float(kept), device=self.loaded.device)))
         frozen: dict[str, SplitLinear] = {}
         for site in self.loaded.adapter.language_block:
             name = self.loaded.adapter.site_name(index, site)
@@ -291,7 +293,7 @@ class Calibration:
                         input_of(trained, task.block, hidden, batch, self.loaded.context)
             hessian, cross = self._summed_hessian(trained), trained.take_cross()
             cross = self.processes.sum(torch.zeros_like(trained.weight) if cross is None else cross)
-            frozen[name] = trained.freeze(hessian, cross)
+            frozen[name] = trained.freeze(hessian, cross, rows)
             self._place(index, task.block, {**sites, **frozen})
         return frozen
 

@@ -404,18 +404,21 @@ class TrainableSite(nn.Module):
         return cross
 
     @torch.no_grad()
-    def freeze(self, hessian: torch.Tensor | None = None, cross: torch.Tensor | None = None) -> SplitLinear:
+    def freeze(
+        self, hessian: torch.Tensor | None = None, cross: torch.Tensor | None = None, rows: int = 0
+    ) -> SplitLinear:
         """The quantized site with the learned values: integers, scales, factors.
 
         Args:
             hessian: [K, K] of `take_hessian` for GPTQ rounding, None for nearest.
             cross: [K, N] of `take_cross` for rounding towards the float model's outputs, None for towards the weight.
+            rows: that both were summed over.
         """
         correction: Correction | None = None
         targets: dict[str, _GroupTarget] = {}
         for name in self.groups:
             targets[name], correction = self._group_target(name, correction)
-        codes = self._codes(targets, hessian, cross)
+        codes = self._codes(targets, hessian, cross, rows)
         groups = {
             name: GroupWeights(
                 codes[name],
@@ -468,7 +471,7 @@ class TrainableSite(nn.Module):
         ), correction
 
     def _codes(
-        self, targets: dict[str, _GroupTarget], hessian: torch.Tensor | None, cross: torch.Tensor | None
+        self, targets: dict[str, _GroupTarget], hessian: torch.Tensor | None, cross: torch.Tensor | None, rows: int
     ) -> dict[str, torch.Tensor]:
         """int8 codes [K_g, N] of every group; GPTQ lets the error of one group flow into the next."""
         settings = {name: self._group(name).setting for name in targets}
@@ -485,7 +488,7 @@ class TrainableSite(nn.Module):
         widths = [target.weight.shape[0] for target in targets.values()]
         weight = _joined([target.weight for target in targets.values()])
         if cross is not None:
-            weight = weight_towards(weight, hessian, cross)
+            weight = weight_towards(weight, hessian, cross, rows)
         scales = [
             expand_scale(target.scale, width, settings[name].group_size).expand(width, -1)
             for (name, target), width in zip(targets.items(), widths, strict=True)

@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 64  # rows whose feedback is applied at once to the rows behind them
 DAMPING = 0.01  # share of the mean diagonal added to it
-OUTPUT_DAMPING = 0.3  # the same where weights move towards outputs: as many unknowns as weights, few rows
+OUTPUT_DAMPING = 0.3  # the same where weights move towards outputs: as many unknowns as weights
+FEW_ROWS = 0.25  # input channels a row from which on it grows with them: few rows would be learned by heart
 
 
 def gptq_codes(
@@ -43,9 +44,7 @@ def gptq_codes(
     return torch.cat([_codes_of_columns(part, feedback, part_scale, bits) for part, part_scale in parts], 1)
 
 
-def weight_towards(
-    weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, damping: float = OUTPUT_DAMPING
-) -> torch.Tensor:
+def weight_towards(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, rows: int) -> torch.Tensor:
     """The weight that minimizes |E - A D|^2 + damping * mean diagonal * |D|^2 as `weight + D`: ridge regression.
 
     GPTQ rounds as if the activations were what the float layer received. They are not: they are rounded, and what made
@@ -56,7 +55,7 @@ def weight_towards(
         weight: [K, N] float32.
         hessian: [K, K] float32, A^T A.
         cross: [K, N] float32, A^T E with the error E of the output.
-        damping: see `OUTPUT_DAMPING`.
+        rows: of A; the damping follows them, see `output_damping`.
 
     Returns:
         [K, N] float32; the weight itself where nothing was seen.
@@ -65,8 +64,13 @@ def weight_towards(
     if mean == 0:
         return weight
     damped = hessian.double()
-    damped.diagonal().add_(damping * mean)
+    damped.diagonal().add_(output_damping(weight.shape[0], rows) * mean)
     return weight + torch.cholesky_solve(cross.double(), torch.linalg.cholesky(damped)).float()
+
+
+def output_damping(channels: int, rows: int) -> float:
+    """`OUTPUT_DAMPING`, more of it where there are more than `FEW_ROWS` input channels for a row."""
+    return OUTPUT_DAMPING * max(1.0, channels / max(rows, 1) / FEW_ROWS)
 
 
 def _codes_of_columns(

@@ -9,7 +9,14 @@ from builders import rng
 
 from splitq_edge.quant import rounding
 from splitq_edge.quant.affine import code_range, expand_scale, quantize_symmetric, weight_scale
-from splitq_edge.quant.rounding import DAMPING, gptq_codes, inverse_factor, weight_towards
+from splitq_edge.quant.rounding import (
+    DAMPING,
+    OUTPUT_DAMPING,
+    gptq_codes,
+    inverse_factor,
+    output_damping,
+    weight_towards,
+)
 
 
 def problem(channels: int = 80, outputs: int = 6, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,9 +171,9 @@ def test_weight_towards_outputs_solves_the_ridge_regression() -> None:
     activations, weight = problem()
     error = torch.randn(activations.shape[0], weight.shape[1], generator=rng(5))
     hessian = activations.T @ activations
-    moved = weight_towards(weight, hessian, activations.T @ error, 0.1) - weight
+    moved = weight_towards(weight, hessian, activations.T @ error, len(activations)) - weight
     # Ridge regression is least squares with K more rows, sqrt(damping * mean diagonal) times the identity.
-    strength = float(0.1 * hessian.diagonal().mean()) ** 0.5
+    strength = float(OUTPUT_DAMPING * hessian.diagonal().mean()) ** 0.5
     rows = np.concatenate([activations.double().numpy(), strength * np.eye(weight.shape[0])])
     wanted = np.concatenate([error.double().numpy(), np.zeros(weight.shape)])
     expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
@@ -176,4 +183,14 @@ def test_weight_towards_outputs_solves_the_ridge_regression() -> None:
 
 def test_weight_stays_where_nothing_was_seen() -> None:
     _, weight = problem()
-    assert torch.equal(weight_towards(weight, torch.zeros(80, 80), torch.zeros_like(weight)), weight)
+    assert torch.equal(weight_towards(weight, torch.zeros(80, 80), torch.zeros_like(weight), 0), weight)
+
+
+def test_few_rows_hold_the_weight_back() -> None:
+    assert output_damping(500, 2000) == OUTPUT_DAMPING
+    assert output_damping(500, 500) == pytest.approx(4 * OUTPUT_DAMPING)
+    # Where there is nothing to learn, no more rows than channels bring it nearer to the weight that made the outputs.
+    few = torch.randn(40, 80, generator=rng(2))
+    weight, noise = torch.randn(80, 6, generator=rng(3)), torch.randn(40, 6, generator=rng(4))
+    moved = [weight_towards(weight, few.T @ few, few.T @ noise, rows) - weight for rows in (40, 4000)]
+    assert moved[0].square().sum() < 0.2 * moved[1].square().sum()
