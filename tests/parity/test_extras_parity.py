@@ -95,7 +95,9 @@ def export(
 ) -> Export:
     bits, flavour = request.param
     loaded, batches = tiny_loaded(), chat_batches()
-    config = replace(preset("W4A8"), learning=CLOSED_FORM, vision="W4A8", lm_head="W4A8", kv_cache_bits=bits)
+    # Which tokens of a random model are almost level hangs on its weights; with these few are, and the cache shows.
+    config = replace(preset("W4A8"), rounding="gptq", learning=CLOSED_FORM)
+    config = replace(config, vision="W4A8", lm_head="W4A8", kv_cache_bits=bits)
     quantized = calibrated(loaded, config, batches, tmp_path_factory.mktemp(f"kv{bits}-calibration"))
 
     def traced_once(module: torch.nn.Module, inputs: dict[str, Any], **options: Any) -> ir.Model:
