@@ -37,7 +37,8 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         loaded, batches = tiny_loaded(), chat_batches()
         quantized = None
         if request.param != "none":
-            config = replace(preset(request.param), learning=CLOSED_FORM)
+            # Which tokens of a random model are almost level hangs on its weights; with these none are.
+            config = replace(preset(request.param), rounding="gptq", learning=CLOSED_FORM)
             quantized = calibrated(loaded, config, batches, tmp_path_factory.mktemp("calibration"))
         folder = tmp_path_factory.mktemp(f"{request.param}-{attention}")
         write_export(loaded, quantized, ExportRequest("portable", batches[0], None, 0, attention), folder)
@@ -78,9 +79,7 @@ def test_fifty_prompts_get_the_same_greedy_tokens(models: dict[str, ExportedMode
         steps = greedy_tokens(model, ids, mask, model.encode_images(None), max_new_tokens=NEW_TOKENS)
         said[attention] = np.stack(list(steps), 1)
     assert said["fused"].shape == (PROMPTS, NEW_TOKENS)
-    parted = (said["fused"] != said["standard"]).any(1).sum()
-    # A random model has tokens almost level, and one code on a rounding boundary tips them.
-    assert parted <= (0 if models["fused"].manifest["scheme"] == "none" else 1)
+    np.testing.assert_array_equal(said["fused"], said["standard"])
 
 
 def test_last_logits_are_those_of_all(models: dict[str, ExportedModel]) -> None:

@@ -279,6 +279,7 @@ def test_rounding_towards_outputs_takes_the_samples_of_all_processes(
     # Twice the matrices are the same regression, if both are summed and the rows do not count.
     monkeypatch.setattr(rounding, "FEW_ROWS", 1e9)
     config = replace(preset("W3A3"), rounding="gptaq", learning=LearningConfig(epochs=0))
+    config = replace(config, correction=replace(config.correction, mac_rows="text"))
     found = []
     for processes in (Processes(alone=True), Twice(alone=True)):
         loaded, folder = tiny_loaded(), tmp_path / type(processes).__name__
@@ -287,10 +288,9 @@ def test_rounding_towards_outputs_takes_the_samples_of_all_processes(
         run.run(chat_batches(6), finished=state.start(resume=False))
         found.append(assemble(loaded, config, state).sites)
     alone, twice = found
-    # The factor of twice a matrix is no exact multiple, so a tie may tip; that changes the inputs of the sites behind.
-    for group, weights in alone["layers.0.attn_in"].groups.items():
-        tipped = weights.qweight != twice["layers.0.attn_in"].groups[group].qweight
-        assert tipped.float().mean() < 0.01, group
+    for name, site in alone.items():
+        for group, weights in site.groups.items():
+            assert torch.equal(weights.qweight, twice[name].groups[group].qweight), (name, group)
 
 
 def test_error_of_the_output_is_summed_over_weighted_rows() -> None:
