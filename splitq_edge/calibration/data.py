@@ -156,7 +156,8 @@ def encode_sample(processor: Any, sample: CalibrationSample, layout: ImageLayout
 
     Returns:
         What `model(**inputs)` takes: input_ids [1, sequence], attention_mask, those of `ImageLayout.model_inputs`, ...;
-        and "answer" [1, sequence] bool, the tokens of the last assistant turn.
+        and "answer" [1, sequence] bool, the tokens of the last assistant turn; left out where the chat does not end
+        with one, or where the template renders the prompt otherwise without it.
 
     Raises:
         SplitQError: an image cannot be read or the processor refuses the chat.
@@ -176,8 +177,8 @@ def encode_sample(processor: Any, sample: CalibrationSample, layout: ImageLayout
         length = prompt.shape[1]
         if torch.equal(encoded["input_ids"][:, :length], prompt):
             answer[:, length:] = True
-    # A template that renders the prompt differently without its answer leaves all text as the answer.
-    encoded["answer"] = answer if bool(answer.any()) else encoded["attention_mask"].bool()
+    if bool(answer.any()):
+        encoded["answer"] = answer
     return encoded
 
 

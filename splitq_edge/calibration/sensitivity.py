@@ -120,9 +120,13 @@ def _loss_gradients(
 
 
 def _answer_tokens(inputs: BlockInputs, number: int) -> torch.Tensor:
-    """[batch, sequence - 1] bool, the tokens after the first that the loss is about."""
+    """[batch, sequence - 1] bool, the tokens after the first that the loss is about: the answer, without one all text.
+
+    A sample's first token is none of them: before it there is at most padding.
+    """
     tokens, batch = inputs.tokens(number), inputs.batch(number)
-    return (tokens["answer"] if "answer" in tokens else batch.keep & (batch.modality == TEXT))[:, 1:]
+    wanted = tokens.get("answer", batch.modality == TEXT)
+    return wanted[:, 1:] & batch.keep[:, :-1] & batch.keep[:, 1:]
 
 
 def _backward(

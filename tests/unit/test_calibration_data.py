@@ -39,3 +39,11 @@ def test_draw_of_samples_repeats_with_its_seed_and_takes_none_twice(tmp_path: Pa
     assert len(set(drawn)) == 5
     assert drawn != [sample.origin for sample in load_samples(str(folder), 5, seed=4)]
     assert len(load_samples(str(folder), 20, seed=3)) == 8
+
+
+def test_chat_without_an_answer_at_its_end_has_none(tmp_path: Path) -> None:
+    picture = {"type": "image", "path": str(write_image(tmp_path / "0.png"))}
+    messages = ({"role": "user", "content": [picture, {"type": "text", "text": "what?"}]},)
+    loaded = tiny_loaded()
+    encoded = encode_sample(loaded.processor, CalibrationSample(messages, "chats.jsonl:1"), loaded.image_layout)
+    assert "answer" not in encoded

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import chat_batches, left_padded, prompt_ids, tiny_loaded
+from builders import chat_batches, left_padded, prompt_ids, random_pixels, tiny_loaded
 from torch import nn
 
 from splitq_edge.calibration import sensitivity
@@ -175,3 +175,21 @@ def test_a_choice_of_batches_holds_short_and_long_samples(tmp_path: Path, monkey
     monkeypatch.setattr(sensitivity, "_backward", lambda *given: (looked_at.add(given[4]), backward(*given))[1])
     collect_sensitivity(loaded, inputs, ALONE)
     assert looked_at == {0, 3}
+
+
+def test_without_an_answer_the_loss_is_about_text_that_something_predicts(tmp_path: Path) -> None:
+    encoded = []
+    for row in (prompt_ids("a", 1, "bc"), prompt_ids("d", 1, "e")):  # the second is padded by one
+        ids, mask = left_padded([row])
+        encoded.append({"input_ids": ids, "attention_mask": mask, "pixel_values": random_pixels(1)})
+    loaded = tiny_loaded()
+    with loaded.outside_blocks():
+        inputs = first_block_inputs(loaded, padded_batches(encoded, 2, 0, ALONE), ActivationStore(tmp_path))
+    wanted = sensitivity._answer_tokens(inputs, 0)
+    ids, keep = inputs.tokens(0)["input_ids"], inputs.batch(0).keep
+    text = ids != loaded.image_token_id
+    for row in range(2):
+        first = int(keep[row].nonzero()[0])
+        expected = [place for place in range(first + 1, ids.shape[1]) if text[row, place]]
+        assert wanted[row].nonzero().flatten().tolist() == [place - 1 for place in expected]
+    assert not keep.all()
