@@ -171,14 +171,11 @@ def encode_sample(processor: Any, sample: CalibrationSample, layout: ImageLayout
     pictures = layout.model_inputs(layout.pictures(encoded))
     encoded.pop("pixel_attention_mask", None)
     encoded.update({name: torch.from_numpy(array) for name, array in pictures.items()})
-    answer = torch.zeros_like(encoded["input_ids"], dtype=torch.bool)
     if answered:
         prompt = _render(processor, sample, list(sample.messages[:-1]), generate=True)["input_ids"]
-        length = prompt.shape[1]
-        if torch.equal(encoded["input_ids"][:, :length], prompt):
-            answer[:, length:] = True
-    if bool(answer.any()):
-        encoded["answer"] = answer
+        ids, length = encoded["input_ids"], prompt.shape[1]
+        if length < ids.shape[1] and torch.equal(ids[:, :length], prompt):
+            encoded["answer"] = torch.arange(ids.shape[1])[None] >= length
     return encoded
 
 
