@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,11 @@ class ParityRow:
     def asked(self) -> str:
         """The limit as a table shows it."""
         return "-" if self.limit_db is None else f">= {self.limit_db:.0f}"
+
+
+def disagreements(rows: Iterable[ParityRow]) -> str:
+    """What is not close enough and how close it is, "decoder step logits 9.1 dB (>= 15)"; empty if all is."""
+    return ", ".join(f"{row.part} {row.output} {row.sqnr_db:.1f} dB ({row.asked})" for row in rows if not row.ok)
 
 
 def verify_parity(model: ExportedModel) -> list[ParityRow]:

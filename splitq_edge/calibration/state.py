@@ -22,7 +22,7 @@ from splitq_edge.errors import ArtifactError, SplitQError
 from splitq_edge.modality import ModalityContext
 from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear
 
-STATE_SCHEMA = 2
+STATE_SCHEMA = 3
 HEADER_FILE = "calibration.json"
 TIMES_FILE = "times.json"
 CORRECTION_TENSORS = ("u", "u_scale", "v", "v_scale", "gate_cws", "gate_mac")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from splitq_edge.artifacts import add_file, check_target, staged_folder
+from splitq_edge.artifacts import add_file, check_target, sha256_of, staged_folder
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.data import CalibrationSample, describe_source, encode_sample, load_samples
 from splitq_edge.calibration.runner import Calibration
@@ -34,7 +34,7 @@ from splitq_edge.methods.registry import method_config
 from splitq_edge.parallel import Processes
 from splitq_edge.report.model_card import CARD_FILE, model_card
 from splitq_edge.runtime_ops.open_model import open_model
-from splitq_edge.runtime_ops.verify import ParityRow, verify_parity
+from splitq_edge.runtime_ops.verify import ParityRow, disagreements, verify_parity
 
 logger = logging.getLogger(__name__)
 
@@ -286,13 +286,12 @@ def _calibrated_part(config: QuantConfig) -> dict[str, Any]:
 
 
 def weights_digest(loaded: LoadedModel) -> str:
-    """Of a model's local weight files and its adapter's: names, sizes, times of change; gigabytes take long to read."""
+    """Of the names and bytes of a model's local weight files and its adapter's; a copy elsewhere has the same."""
     digest = hashlib.sha256()
     folders = [Path(loaded.base), *filter(None, [loaded.lora])]
-    files = {path.resolve() for folder in folders for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)}
+    files = {path for folder in folders for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)}
     for path in sorted(files):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -314,8 +313,8 @@ def _verify(folder: Path, console: Console) -> None:
     exported = open_model(folder)
     rows = verify_parity(exported)
     console.print(parity_table(rows, native=exported.native))
-    if not all(row.ok for row in rows):
-        raise SplitQError("export: a graph differs from torch by more than its limit (table above); please report it")
+    if wrong := disagreements(rows):
+        raise SplitQError(f"export: expected graphs that say what torch says, got {wrong}; please report it")
     add_file(folder, CARD_FILE, model_card(folder, rows))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from splitq_edge.errors import SplitQError
 from splitq_edge.runtime_ops.open_model import open_model
-from splitq_edge.runtime_ops.verify import ParityRow, verify_files, verify_parity, verify_target
+from splitq_edge.runtime_ops.verify import ParityRow, disagreements, verify_files, verify_parity, verify_target
 from splitq_edge.targets import Target
 
 
@@ -28,15 +28,15 @@ def run_verify(out: Path, *, native: bool | None, target: str | None = None) -> 
     yield f"{out}: {len(model.manifest['files'])} files unchanged"
     rows = verify_parity(model)
     yield from map(_line, rows)
-    if not all(row.ok for row in rows):
-        raise SplitQError(f"{out}: an output differs from torch by more than its limit; export the model again")
+    if wrong := disagreements(rows):
+        raise SplitQError(f"{out}: expected what torch says, got {wrong}; export the model again")
     if compiled is None:
         return
     yield f"{target} against the CPU"
     rows = verify_target(model, compiled)
     yield from map(_line, rows)
-    if not all(row.ok for row in rows):
-        raise SplitQError(f"{out}: {target} differs from the CPU by more than the limit; please report it")
+    if wrong := disagreements(rows):
+        raise SplitQError(f"{out}: expected of {target} what the CPU says, got {wrong}; please report it")
 
 
 def _line(row: ParityRow) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from splitq_edge.exporters.export_folder import _middle, case_limits
 from splitq_edge.modality import TEXT, VISION
-from splitq_edge.runtime_ops.verify import ParityRow, _limit_db
+from splitq_edge.runtime_ops.verify import ParityRow, _limit_db, disagreements
 
 
 def test_calm_samples_keep_the_limit_of_their_part() -> None:
@@ -48,6 +48,17 @@ def test_limits_of_a_part_and_of_its_samples() -> None:
 def test_row_is_ok_or_not(sqnr: float, limit: float | None, ok: bool, asked: str) -> None:
     row = ParityRow("decoder prefill", "logits", 10, 1.0, sqnr, 1.0, limit)
     assert (row.ok, row.asked) == (ok, asked)
+
+
+def test_disagreements_name_what_is_wrong_and_by_how_much() -> None:
+    rows = [
+        ParityRow("decoder prefill", "logits", 10, 1.0, 31.0, 1.0, 30.0),
+        ParityRow("decoder middle", "logits", 10, 1.0, 2.0, 1.0, None),
+        ParityRow("decoder step", "logits", 10, 1.0, 9.14, 1.0, 30.0),
+        ParityRow("decoder step", "present", 10, math.inf, -math.inf, 0.0, None),
+    ]
+    assert disagreements(rows) == "decoder step logits 9.1 dB (>= 30), decoder step present -inf dB (-)"
+    assert disagreements(rows[:2]) == ""
 
 
 def modality(text: int, vision: int, more: int) -> torch.Tensor:

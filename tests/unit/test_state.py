@@ -153,10 +153,10 @@ def test_damaged_header_is_said_in_one_line(content: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "expected schema 2, got None; calibrate with this version"),
-        ({"schema": 3, "recipe": {}, "weights": "0"}, "expected schema 2, got 3"),
-        ({"schema": 2, "weights": "0"}, "expected a calibration state, recipe is missing"),
-        ({"schema": 2, "recipe": {}}, "expected a calibration state, weights is missing"),
+        ({}, "expected schema 3, got None; calibrate with this version"),
+        ({"schema": 4, "recipe": {}, "weights": "0"}, "expected schema 3, got 4"),
+        ({"schema": 3, "weights": "0"}, "expected a calibration state, recipe is missing"),
+        ({"schema": 3, "recipe": {}}, "expected a calibration state, weights is missing"),
     ],
 )
 def test_recorded_state_that_does_not_say_what_it_is_of_is_refused(

@@ -1,0 +1,110 @@
+"""What the layers were to reach, and whether they did, out of `make bench-kernels` runs.
+
+    python tests/bench/kernel_goals.py RUN.json [RUN.json ...]
+
+The numbers are geometric means over the shapes of the files, of several runs the median with its range. Runs of one
+processor are named alike up to a number: kernels-zen4-1.json, kernels-zen4-2.json; each has a column.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from kernel_tables import Key, Times, cell, ratios, times
+
+NBITS = "MatMulNBits 4 bits b128"
+# Layer, rows, peer (or "roofline"), and how many times longer it is to take at least; one thread.
+FASTER: tuple[tuple[str, int, str, float], ...] = (
+    ("W4A8", 1, NBITS, 1.20),
+    ("W4A8", 1, "ggml Q4_0 repacked", 1.25),
+    ("W4A8", 1, "roofline", 0.85),
+    ("W3A8", 1, NBITS, 1.50),
+    ("W3A8", 1, "W4A8", 1.25),
+    ("W3A3", 1, NBITS, 1.50),
+    ("W3A3", 1, "W4A8", 1.25),
+    ("W2A8", 1, "MatMulNBits 2 bits b64", 1.70),
+    ("W4A8", 16, NBITS, 1.25),
+    *(
+        (layer, 128, peer, goal)
+        for layer in ("W4A8", "W3A8")
+        for peer, goal in (
+            (NBITS, 1.60),
+            ("ggml Q4_0 repacked", 2.20),
+            ("ggml Q4_K", 1.40),
+            ("MatMulInteger", 0.90),
+            ("roofline", 0.70),
+        )
+    ),
+    ("W4A4", 1, "W4A8", 0.97),
+    ("W4A4", 128, "W4A8", 0.97),
+    ("W3A3", 1, "W3A8", 0.97),
+    ("W3A3", 128, "W3A8", 0.97),
+)
+# Whole layer, the plain one, rows, and how many times the plain one's time it may take; one thread.
+EXTRAS = (
+    ("SplitQ W4A8", "W4A8", 1, 1.25),
+    ("SplitQ W3A3", "W3A3", 1, 1.25),
+    ("SplitQ W4A8", "W4A8", 128, 1.20),
+    ("SplitQ W3A3", "W3A3", 128, 1.20),
+)
+# Layer, rows, and how many times faster two threads are to be.
+THREADS = (("W4A8", 1, 1.40), ("W3A8", 1, 1.40), ("W4A8", 128, 1.80), ("W3A8", 128, 1.80))
+
+
+def goals(compared: Sequence[dict[Key, float]], timed: Sequence[Times]) -> Iterator[tuple[str, str, list[float], bool]]:
+    """What, its goal, the value of every run, whether their median reaches it; what is in no run is left out."""
+    for layer, rows, peer, least in FASTER:
+        key = (layer, rows, 1, peer)
+        if all(key in run for run in compared):
+            values = [run[key] for run in compared]
+            what = f"{layer}, {_rows(rows)}, {'of the roofline' if peer == 'roofline' else f'times as fast as {peer}'}"
+            yield what, f">= {least:.2f}", values, statistics.median(values) >= least
+    for layer, plain, rows, most in EXTRAS:
+        values = [_mean(run, (layer, rows, 1), (plain, rows, 1)) for run in timed]
+        if None not in values:
+            known = [value for value in values if value is not None]
+            what = f"{layer}, {_rows(rows)}, times as long as the plain layer"
+            yield what, f"<= {most:.2f}", known, statistics.median(known) <= most
+    for layer, rows, least in THREADS:
+        values = [_mean(run, (layer, rows, 1), (layer, rows, 2)) for run in timed]
+        if None not in values:
+            known = [value for value in values if value is not None]
+            what = f"{layer}, {_rows(rows)}, times as fast with two threads"
+            yield what, f">= {least:.2f}", known, statistics.median(known) >= least
+
+
+def _rows(rows: int) -> str:
+    return f"{rows} row{'s' * (rows > 1)}"
+
+
+def _mean(run: Times, one: tuple[str, int, int], other: tuple[str, int, int]) -> float | None:
+    """Geometric mean over the shapes of one layer's time divided by another's; None if the run has not both."""
+    shapes = [key[3] for key in run if key[:3] == one and (*other, key[3]) in run]
+    return statistics.geometric_mean(run[(*one, s)] / run[(*other, s)] for s in shapes) if shapes else None
+
+
+@click.command(help=__doc__)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+def main(runs: tuple[Path, ...]) -> None:
+    """Print them as a Markdown table."""
+    processors: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        name = run.stem.rpartition("-")[0].removeprefix("kernels-") or run.stem
+        processors.setdefault(name, []).append(json.loads(run.read_text(encoding="utf-8")))
+    columns: dict[tuple[str, str], dict[str, str]] = {}
+    for name, contents in processors.items():
+        found = goals([ratios(content) for content in contents], [times(content) for content in contents])
+        for what, goal, values, reached in found:
+            columns.setdefault((what, goal), {})[name] = cell(values) if reached else f"**{cell(values)}**"
+    click.echo(f"| | goal | {' | '.join(processors)} |\n|---|---:|{'---:|' * len(processors)}")
+    for (what, goal), values in columns.items():
+        click.echo(f"| {what} | {goal} | {' | '.join(values.get(name, '') for name in processors)} |")
+
+
+if __name__ == "__main__":
+    main()
