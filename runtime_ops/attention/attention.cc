@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "include/prefetch.h"
 #include "include/scratch.h"
 #include "include/sizes.h"
 
@@ -145,6 +146,9 @@ void Weigh(const Attention& attention, const AttentionData& data, int64_t b, int
   std::fill(row + seen, row + data.total, 0.0f);
 }
 
+// Bytes of the values that are asked for while the keys are read.
+constexpr int64_t kAhead = int64_t{16} << 10;
+
 // All queries of a key-value head.
 void AttendFew(const Attention& attention, const AttentionData& data, const Buffers& buffers,
                int64_t index) {
@@ -156,6 +160,7 @@ void AttendFew(const Attention& attention, const AttentionData& data, const Buff
   const float* keys = data.present_key + index * data.capacity * width;
   const float* values = data.present_value + index * data.capacity * width;
   const float* queries = buffers.queries + index * buffers.queries_size;
+  Prefetch(values, std::min(total * width * static_cast<int64_t>(sizeof(float)), kAhead));
   attention.loops->score(queries, rows, keys, width, total, scores, total);
   for (int64_t row = 0; row < rows; ++row) {
     Weigh(attention, data, b, row % data.tokens, scores + row * total);

@@ -21,6 +21,9 @@ constexpr int64_t PrepareRows(int64_t rows) { return rows <= 32 ? 8 : 16; }
 constexpr int64_t kSerialWork = int64_t{1} << 20;
 constexpr int64_t kUnpackWork = 8;
 
+// So many rows wait for memory more than they compute.
+constexpr int64_t kFewRows = 4;
+
 struct Buffers {
   std::array<CodeRows, kGroups> codes;
   CodeRows latent;
@@ -65,6 +68,34 @@ ReadAhead ReadAheadOf(const SplitLinear& layer, const SplitLinearRows& data, int
   MemoryRange main = RangeOf(layer.weights[kMain]);
   main.bytes = std::min(main.bytes, kMost);
   return layer.corrected ? ReadAhead{RangeOf(layer.correction.u), main} : ReadAhead{main, {}};
+}
+
+// The first bytes of an array, if there is one; the processor foresees the rest.
+SPLITQ_PREFETCH void PrefetchFirst(const void* data, int64_t bytes) {
+  constexpr int64_t kMost = int64_t{4} << 10;
+  if (data != nullptr) Prefetch(data, bytes < kMost ? bytes : kMost);
+}
+
+// Begins to load what a few rows need beside the long streams of weights: a dozen short arrays,
+// each on a page of its own. Asked for one after the other, when it is needed, each would take as
+// long as memory and the page table take to answer.
+SPLITQ_PREFETCH void PrefetchShort(const SplitLinear& layer) {
+  constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
+  const ActivationPlan& plan = layer.activation;
+  PrefetchFirst(plan.gather.order, plan.gather.channels * kFloat);
+  PrefetchFirst(plan.gather.scale, plan.gather.channels * kFloat);
+  for (const ChannelGroup& group : plan.groups) {
+    if (group.width == 0) continue;
+    const KroneckerFactors& factors = group.factors;
+    PrefetchFirst(factors.p2, factors.b * factors.b * kFloat);
+    PrefetchFirst(factors.p1, factors.a * factors.a * kFloat);
+  }
+  if (!layer.corrected) return;
+  const Correction& correction = layer.correction;
+  PrefetchFirst(correction.u.payload, correction.u.panels() * correction.u.panel_bytes());
+  PrefetchFirst(correction.u.scale, correction.rank() * kFloat);
+  PrefetchFirst(correction.gate_cws, correction.cws_rank * kFloat);
+  PrefetchFirst(correction.gate_mac, correction.mac_rank * kFloat);
 }
 
 // Codes of rows [first, first + count); residual codes only of the rows that take MAC, gathered at
@@ -177,6 +208,10 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
   const Buffers buffers = TakeBuffers(layer, data.rows, scratch);
   const int64_t weight_codes = layer.activation.gather.channels * layer.channels_out();
   const bool serial = weight_codes < kSerialWork / (data.rows + kUnpackWork);
+  if (data.rows <= kFewRows) {
+    PrefetchShort(layer);
+    PrefetchExtras(layer, {0, std::min(layer.weights[kMain].panels(), TilePanels(data.rows))});
+  }
   parallel(CeilDiv(data.rows, PrepareRows(data.rows)), serial,
            [&](int64_t tile) { PrepareTile(layer, data, buffers, tile); });
   PanelQueue queue(data.rows, layer.weights[kMain].panels(), serial ? 1 : parallel.threads());
