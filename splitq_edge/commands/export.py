@@ -287,12 +287,10 @@ def _calibrated_part(config: QuantConfig) -> dict[str, Any]:
 
 def weights_digest(loaded: LoadedModel) -> str:
     """Of the names and bytes of a model's local weight files and its adapter's; a copy elsewhere has the same."""
-    digest = hashlib.sha256()
     folders = [Path(loaded.base), *filter(None, [loaded.lora])]
-    files = {path for folder in folders for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)}
-    for path in sorted(files):
-        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
-    return digest.hexdigest()
+    files = [path for folder in folders for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)]
+    contents = sorted(f"{path.name} {sha256_of(path)}" for path in files if path.is_file())
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
 
 def _samples_digest(samples: list[CalibrationSample]) -> str:
