@@ -64,18 +64,20 @@ def goals(compared: Sequence[dict[Key, float]], timed: Sequence[Times]) -> Itera
             values = [run[key] for run in compared]
             what = f"{layer}, {_rows(rows)}, {'of the roofline' if peer == 'roofline' else f'times as fast as {peer}'}"
             yield what, f">= {least:.2f}", values, statistics.median(values) >= least
-    for layer, plain, rows, most in EXTRAS:
-        values = [_mean(run, (layer, rows, 1), (plain, rows, 1)) for run in timed]
-        if None not in values:
-            known = [value for value in values if value is not None]
-            what = f"{layer}, {_rows(rows)}, times as long as the plain layer"
-            yield what, f"<= {most:.2f}", known, statistics.median(known) <= most
-    for layer, rows, least in THREADS:
-        values = [_mean(run, (layer, rows, 1), (layer, rows, 2)) for run in timed]
-        if None not in values:
-            known = [value for value in values if value is not None]
-            what = f"{layer}, {_rows(rows)}, times as fast with two threads"
-            yield what, f">= {least:.2f}", known, statistics.median(known) >= least
+    for what, one, other, goal, least in (
+        *(
+            (f"{whole}, {_rows(m)}, times as long as the plain layer", (whole, m, 1), (plain, m, 1), most, False)
+            for whole, plain, m, most in EXTRAS
+        ),
+        *(
+            (f"{layer}, {_rows(m)}, times as fast with two threads", (layer, m, 1), (layer, m, 2), least, True)
+            for layer, m, least in THREADS
+        ),
+    ):
+        values = [mean for run in timed if (mean := _mean(run, one, other)) is not None]
+        if len(values) == len(timed):
+            middle = statistics.median(values)
+            yield what, f"{'>=' if least else '<='} {goal:.2f}", values, middle >= goal if least else middle <= goal
 
 
 def _rows(rows: int) -> str:
