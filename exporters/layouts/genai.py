@@ -20,7 +20,7 @@ from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.artifacts import write_json
 from splitq_edge.config import QuantConfig
 from splitq_edge.errors import SplitQError
-from splitq_edge.exporters.layouts.layout import ExportParts, check_float_cache
+from splitq_edge.exporters.layouts.layout import ExportParts, check_cache
 from splitq_edge.exporters.layouts.modality_channel import (
     add_modality_channel,
     split_channel,
@@ -28,8 +28,10 @@ from splitq_edge.exporters.layouts.modality_channel import (
     with_channel,
 )
 from splitq_edge.exporters.passes.walk import initializer
+from splitq_edge.quant.kv_cache import HALF_BITS
 
 CONFIG_FILE = "genai_config.json"
+CACHE_BITS = (0, HALF_BITS)  # of caches that genai passes on
 MARKS = ("vision_start_token_id", "video_token_id")  # tokens by which genai counts mRoPE positions
 
 
@@ -47,7 +49,7 @@ class Genai:
                 "--layout genai: expected a model type that onnxruntime-genai can run, got "
                 f"'{adapter.model_type}'; use --layout flat"
             )
-        check_float_cache(self.name, config)
+        check_cache(self.name, config, CACHE_BITS)
 
     def file(self, part: str, _manifest: dict[str, Any]) -> str:
         """See `Layout.file`."""

@@ -81,14 +81,20 @@ class Flat:
         """Nothing to add."""
 
 
-def check_float_cache(layout: str, config: QuantConfig | None) -> None:
-    """See that keys and values are stored in float32, which is all that most engines pass on.
+def check_cache(layout: str, config: QuantConfig | None, accepted: tuple[int, ...]) -> None:
+    """See that a layout's readers pass on keys and values of the type that they are stored in.
+
+    Args:
+        layout: its name, for the message.
+        config: recipe of the export.
+        accepted: values of `kv_cache_bits`.
 
     Raises:
-        SplitQError: they are not.
+        SplitQError: they do not.
     """
-    if config is not None and config.kv_cache_bits:
+    if config is not None and config.kv_cache_bits not in accepted:
+        wanted = " or ".join(map(str, accepted))
         raise SplitQError(
-            f"--layout {layout}: expected a recipe with kv_cache_bits 0, because the layout's readers keep the cache "
-            f"in float32, got {config.kv_cache_bits}; change the recipe or use --layout flat"
+            f"--layout {layout}: expected a recipe with kv_cache_bits {wanted}, because the layout's readers pass no "
+            f"other cache on, got {config.kv_cache_bits}; change the recipe or use --layout flat"
         )

@@ -18,7 +18,7 @@ from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.artifacts import write_json
 from splitq_edge.config import QuantConfig
 from splitq_edge.errors import SplitQError
-from splitq_edge.exporters.layouts.layout import ExportParts, check_float_cache
+from splitq_edge.exporters.layouts.layout import ExportParts, check_cache
 from splitq_edge.exporters.layouts.modality_channel import (
     add_modality_channel,
     append_channel,
@@ -50,7 +50,7 @@ class OnnxCommunity:
                 "--layout onnx-community: expected a model type that transformers.js prepares pictures for as the "
                 f"exported graphs take them, got '{adapter.model_type}'; use --layout flat"
             )
-        check_float_cache(self.name, config)
+        check_cache(self.name, config, (0,))
         if config is not None and flavour != "portable":
             raise SplitQError(
                 "--layout onnx-community: expected --flavour portable, because transformers.js cannot load the native "

@@ -2,7 +2,7 @@
 
 from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.config import QuantConfig
-from splitq_edge.exporters.layouts.genai import Genai
+from splitq_edge.exporters.layouts.genai import CACHE_BITS, Genai
 from splitq_edge.exporters.layouts.layout import Flat, Layout
 from splitq_edge.exporters.layouts.onnx_community import OnnxCommunity
 
@@ -12,7 +12,8 @@ LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Genai(), OnnxCo
 def default_layout(adapter: ModelAdapter, config: QuantConfig | None) -> str:
     """genai where onnxruntime-genai knows the model type itself and can run the export, else flat."""
     known = adapter.genai_type == adapter.model_type
-    return Genai.name if known and not (config and config.kv_cache_bits) else Flat.name
+    passed_on = config is None or config.kv_cache_bits in CACHE_BITS
+    return Genai.name if known and passed_on else Flat.name
 
 
 def layout_named(name: str) -> Layout:

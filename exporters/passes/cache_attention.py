@@ -1,7 +1,7 @@
 """`com.microsoft::GroupQueryAttention` -> `ai.splitq::CachedAttention`, which our kernels run.
 
 Requires: nodes of `fuse_attention`, whose sites `pack_attention` has given them whole.
-Ensures: those with a float32 cache are ours, their body to be attached; the others stay.
+Ensures: those with a cache of floats are ours, their body to be attached; the others stay.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _read(old: ir.Node) -> CachedAttentionSpec:
     qkv, past_key = old.inputs[0], old.inputs[3]
     assert qkv is not None
     assert past_key is not None
-    if past_key.dtype != ir.DataType.FLOAT:
-        raise NoMatch("expected a cache in float32")
+    if past_key.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        raise NoMatch(f"expected a cache in float32 or float16, got {past_key.dtype}")
     heads, kv_heads = (old.attributes.get_int(name) for name in ("num_heads", "kv_num_heads"))
     known = {"num_heads", "kv_num_heads", "scale", "do_rotary"}
     if set(old.attributes) != known or not heads or not kv_heads:

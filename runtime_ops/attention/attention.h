@@ -14,6 +14,7 @@ struct Attention {
   int64_t kv_heads = 0;  // of keys and values
   int64_t width = 0;     // of a head, even
   float scale = 1.0f;    // of the scores
+  bool half_cache = false;
   const RowKernels* kernels = nullptr;
   const AttentionKernels* loops = nullptr;
 
@@ -21,17 +22,17 @@ struct Attention {
   int64_t channels() const { return (heads + 2 * kv_heads) * width; }
 };
 
-// Keys and values lie as [batch, kv_heads, capacity, width]. Past and present are one buffer or do
-// not overlap.
+// Keys and values lie as [batch, kv_heads, capacity, width], as Half or float. Past and present are
+// one buffer or do not overlap.
 struct AttentionData {
-  int64_t batch = 0, tokens = 0;    // > 0, new tokens
-  int64_t total = 0;                // >= tokens, with those in the cache
-  const float* qkv = nullptr;       // [batch, tokens, channels()]: queries, keys, values
-  const float* past_key = nullptr;  // null unless total > tokens
-  const float* past_value = nullptr;
+  int64_t batch = 0, tokens = 0;   // > 0, new tokens
+  int64_t total = 0;               // >= tokens, with those in the cache
+  const float* qkv = nullptr;      // [batch, tokens, channels()]: queries, keys, values
+  const void* past_key = nullptr;  // null unless total > tokens
+  const void* past_value = nullptr;
   int64_t past_capacity = 0;  // >= total - tokens
-  float* present_key = nullptr;
-  float* present_value = nullptr;
+  void* present_key = nullptr;
+  void* present_value = nullptr;
   int64_t capacity = 0;                // >= total, of present
   const float* cosine = nullptr;       // [places, width / 2]
   const float* sine = nullptr;         // likewise

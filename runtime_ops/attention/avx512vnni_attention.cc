@@ -16,6 +16,20 @@ namespace {
 constexpr int kTile = 4;         // keys, queries, registers of a mean
 constexpr int64_t kVector = 16;  // numbers of a register
 
+// Numbers where the mask has ones, zeros elsewhere.
+SPLITQ_INLINE __m512 Load(__mmask16 mask, const float* values) {
+  return _mm512_maskz_loadu_ps(mask, values);
+}
+
+SPLITQ_INLINE __m512 Load(__mmask16 mask, const Half* values) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, values));
+}
+
+// Of the next `left` numbers, up to 16.
+SPLITQ_INLINE __mmask16 MaskOf(int64_t left) {
+  return static_cast<__mmask16>(left >= kVector ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0);
+}
+
 // Of each 128 bits of a and b: a0 + a2, b0 + b2, a1 + a3, b1 + b3.
 SPLITQ_INLINE __m512 AddHalves(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -44,17 +58,16 @@ SPLITQ_INLINE __m512 AddUp(const __m512* sums) {
 }
 
 // Scores of four keys: lane 4 r + i is that of query r and key i.
-template <int rows>
-SPLITQ_INLINE __m512 ScoreKeys(const float* queries, const float* keys, int64_t width) {
+template <int rows, typename Element>
+SPLITQ_INLINE __m512 ScoreKeys(const float* queries, const Element* keys, int64_t width) {
   __m512 sums[kTile * kTile];
   for (auto& sum : sums) sum = _mm512_setzero_ps();
   for (int64_t k = 0; k < width; k += kVector) {
-    const int64_t left = width - k;
-    const auto mask = static_cast<__mmask16>(left >= kVector ? 0xFFFF : (1 << left) - 1);
+    const __mmask16 mask = MaskOf(width - k);
     __m512 key[kTile];
-    for (int i = 0; i < kTile; ++i) key[i] = _mm512_maskz_loadu_ps(mask, keys + i * width + k);
+    for (int i = 0; i < kTile; ++i) key[i] = Load(mask, keys + i * width + k);
     for (int r = 0; r < rows; ++r) {
-      const __m512 query = _mm512_maskz_loadu_ps(mask, queries + r * width + k);
+      const __m512 query = Load(mask, queries + r * width + k);
       for (int i = 0; i < kTile; ++i) {
         sums[r * kTile + i] = _mm512_fmadd_ps(query, key[i], sums[r * kTile + i]);
       }
@@ -63,11 +76,12 @@ SPLITQ_INLINE __m512 ScoreKeys(const float* queries, const float* keys, int64_t 
   return AddUp(sums);
 }
 
-template <int rows>
-SPLITQ_INLINE void ScoreRows(const float* queries, const float* keys, int64_t width, int64_t count,
-                             float* scores, int64_t stride) {
+template <int rows, typename Element>
+SPLITQ_INLINE void ScoreRows(const float* queries, const Element* keys, int64_t width,
+                             int64_t count, float* scores, int64_t stride) {
   int64_t key = 0;
   for (; key + kTile <= count; key += kTile) {
+    PrefetchAhead(keys + key * width, kTile * width);
     alignas(64) float tile[kVector];
     _mm512_store_ps(tile, ScoreKeys<rows>(queries, keys + key * width, width));
     for (int r = 0; r < rows; ++r) {
@@ -78,23 +92,19 @@ SPLITQ_INLINE void ScoreRows(const float* queries, const float* keys, int64_t wi
 }
 
 // Up to 64 channels of the means of a few rows.
-template <int rows>
-SPLITQ_INLINE void MeanRows(const float* weights, int64_t stride, const float* values,
+template <int rows, typename Element>
+SPLITQ_INLINE void MeanRows(const float* weights, int64_t stride, const Element* values,
                             int64_t width, int64_t channels, int64_t count, float* means) {
   __mmask16 masks[kTile];
-  for (int v = 0; v < kTile; ++v) {
-    const int64_t left = channels - v * kVector;
-    masks[v] = static_cast<__mmask16>(left >= kVector ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0);
-  }
+  for (int v = 0; v < kTile; ++v) masks[v] = MaskOf(channels - v * kVector);
   __m512 sums[rows][kTile];
   for (auto& row : sums) {
     for (auto& sum : row) sum = _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < count; ++i, values += width) {
+    PrefetchAhead(values, kTile * kVector);
     __m512 value[kTile];
-    for (int v = 0; v < kTile; ++v) {
-      value[v] = _mm512_maskz_loadu_ps(masks[v], values + v * kVector);
-    }
+    for (int v = 0; v < kTile; ++v) value[v] = Load(masks[v], values + v * kVector);
     for (int r = 0; r < rows; ++r) {
       const __m512 weight = _mm512_set1_ps(weights[r * stride + i]);
       for (int v = 0; v < kTile; ++v) sums[r][v] = _mm512_fmadd_ps(weight, value[v], sums[r][v]);
@@ -107,10 +117,9 @@ SPLITQ_INLINE void MeanRows(const float* weights, int64_t stride, const float* v
   }
 }
 
-}  // namespace
-
-void ScoreAvx512Vnni(const float* queries, int64_t rows, const float* keys, int64_t width,
-                     int64_t count, float* scores, int64_t stride) {
+template <typename Element>
+SPLITQ_INLINE void ScoreAll(const float* queries, int64_t rows, const Element* keys, int64_t width,
+                            int64_t count, float* scores, int64_t stride) {
   for (; rows > 0; rows -= kTile, queries += kTile * width, scores += kTile * stride) {
     switch (rows) {
       case 1:
@@ -125,13 +134,14 @@ void ScoreAvx512Vnni(const float* queries, int64_t rows, const float* keys, int6
   }
 }
 
-void MeanAvx512Vnni(const float* weights, int64_t stride, int64_t rows, const float* values,
-                    int64_t width, int64_t count, float* means) {
+template <typename Element>
+SPLITQ_INLINE void MeanAll(const float* weights, int64_t stride, int64_t rows,
+                           const Element* values, int64_t width, int64_t count, float* means) {
   constexpr int64_t kChannels = kTile * kVector;
   for (; rows > 0; rows -= kTile, weights += kTile * stride, means += kTile * width) {
     for (int64_t k = 0; k < width; k += kChannels) {
       const int64_t channels = width - k < kChannels ? width - k : kChannels;
-      const float* from = values + k;
+      const Element* from = values + k;
       float* to = means + k;
       switch (rows) {
         case 1:
@@ -147,6 +157,43 @@ void MeanAvx512Vnni(const float* weights, int64_t stride, int64_t rows, const fl
           MeanRows<kTile>(weights, stride, from, width, channels, count, to);
       }
     }
+  }
+}
+
+}  // namespace
+
+void ScoreAvx512Vnni(const float* queries, int64_t rows, const float* keys, int64_t width,
+                     int64_t count, float* scores, int64_t stride) {
+  ScoreAll(queries, rows, keys, width, count, scores, stride);
+}
+
+void MeanAvx512Vnni(const float* weights, int64_t stride, int64_t rows, const float* values,
+                    int64_t width, int64_t count, float* means) {
+  MeanAll(weights, stride, rows, values, width, count, means);
+}
+
+void ScoreHalfAvx512Vnni(const float* queries, int64_t rows, const Half* keys, int64_t width,
+                         int64_t count, float* scores, int64_t stride) {
+  ScoreAll(queries, rows, keys, width, count, scores, stride);
+}
+
+void MeanHalfAvx512Vnni(const float* weights, int64_t stride, int64_t rows, const Half* values,
+                        int64_t width, int64_t count, float* means) {
+  MeanAll(weights, stride, rows, values, width, count, means);
+}
+
+void WidenAvx512Vnni(const Half* values, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kVector) {
+    const __mmask16 mask = MaskOf(count - i);
+    _mm512_mask_storeu_ps(out + i, mask, Load(mask, values + i));
+  }
+}
+
+void NarrowAvx512Vnni(const float* values, int64_t count, Half* out) {
+  for (int64_t i = 0; i < count; i += kVector) {
+    const __mmask16 mask = MaskOf(count - i);
+    const __m256i halves = _mm512_cvtps_ph(Load(mask, values + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16(out + i, mask, halves);
   }
 }
 

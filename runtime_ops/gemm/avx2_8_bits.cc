@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "gemm/avx2.h"
+#include "include/prefetch.h"
 #include "pack/layout.h"
 
 #define SPLITQ_INLINE inline __attribute__((always_inline))
@@ -46,6 +47,7 @@ SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t m) {
   }
   for (int64_t k = product.k_begin; k < product.k_end; k += kQuad) {
     const uint8_t* block = product.panel + k / kQuad * kVectorBytes;
+    if (m == 0) Prefetch(block + kPrefetchAhead, kVectorBytes);
     __m256i four[rows];
     for (int i = 0; i < rows; ++i) four[i] = BroadcastCodes(codes + i * stride + k);
     for (int part = 0; part < kParts; ++part) {

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "gemm/avx2.h"
+#include "include/prefetch.h"
 #include "pack/layout.h"
 
 #define SPLITQ_INLINE inline __attribute__((always_inline))
@@ -93,10 +94,11 @@ SPLITQ_INLINE void AddBlock(const int8_t* codes, int64_t stride, const uint8_t* 
   }
 }
 
-// sums[m] += the products of `blocks` whole blocks
+// sums[m] += the products of `blocks` whole blocks. first: of those that read this panel, it waits
+// for memory
 template <int bits, int rows>
 SPLITQ_INLINE void AddBlocks(const int8_t* codes, int64_t stride, const uint8_t* panel,
-                             int64_t blocks, int32_t* sums) {
+                             int64_t blocks, bool first, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi16(1);
   while (blocks > 0) {
     constexpr int64_t kMost = Layout<bits>::kBlocksInShort;
@@ -104,6 +106,7 @@ SPLITQ_INLINE void AddBlocks(const int8_t* codes, int64_t stride, const uint8_t*
     ShortSums<rows> shorts;
     for (int m = 0; m < rows; ++m) shorts.low[m] = shorts.high[m] = _mm256_setzero_si256();
     for (int64_t b = 0; b < count; ++b) {
+      if (first) Prefetch(panel + kPrefetchAhead, Layout<bits>::kBytes);
       AddBlock<bits, rows>(codes, stride, panel, shorts);
       codes += Layout<bits>::kStep;
       panel += Layout<bits>::kBytes;
@@ -142,7 +145,7 @@ SPLITQ_INLINE void AddPart(const PanelProduct& product, const int8_t* codes, int
       _mm_storeu_si128(reinterpret_cast<__m128i*>(copy + m * kStep + i), part);
     }
   }
-  AddBlocks<bits, rows>(copy, kStep, product.panel + block * Layout<bits>::kBytes, 1, sums);
+  AddBlocks<bits, rows>(copy, kStep, product.panel + block * Layout<bits>::kBytes, 1, false, sums);
 }
 
 // Rows m .. m + rows of the product.
@@ -164,7 +167,7 @@ SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t m) {
     }
   }
   AddBlocks<bits, rows>(codes + block * kStep, stride, product.panel + block * kBytes, end - block,
-                        sums);
+                        m == 0, sums);
 }
 
 template <int bits>
@@ -222,7 +225,7 @@ SPLITQ_INLINE void RunBlockRows(const BlockProduct& product, int64_t m, int64_t 
     for (int i = 0; i < rows; ++i) {
       BeginSums<bits>(code_sums[i * all.code_sums_stride], sums + i * kPanel);
     }
-    AddBlocks<bits, rows>(codes, all.codes_stride, panel, blocks, sums);
+    AddBlocks<bits, rows>(codes, all.codes_stride, panel, blocks, rows == 1, sums);
     if constexpr (rows == 1) _mm_prefetch(scale + kScalesAhead * product.scale_stride, _MM_HINT_T0);
     const Scales scales = LoadScales(scale, product.outputs - p * kPanel);
     for (int i = 0; i < rows; ++i) {

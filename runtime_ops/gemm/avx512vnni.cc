@@ -19,6 +19,7 @@
 #endif
 
 #include "gemm/avx512vnni.h"
+#include "include/prefetch.h"
 #include "pack/layout.h"
 
 #define SPLITQ_INLINE inline __attribute__((always_inline))
@@ -128,6 +129,7 @@ struct Place {
   int64_t stride;
   const uint8_t* block;
   int64_t panel_stride;
+  bool first;  // of those that read these panels: it waits for memory
 };
 
 // Adds the products of a block, from this field on.
@@ -150,10 +152,19 @@ SPLITQ_INLINE void AddBlock(const Place& place, Sums<rows, panels>& sums) {
   }
 }
 
+// Asks for blocks that come later.
+template <int bits, int panels>
+SPLITQ_INLINE void PrefetchAhead(const Place& place) {
+  for (int p = 0; p < panels; ++p) {
+    Prefetch(place.block + p * place.panel_stride + kPrefetchAhead, Layout<bits>::kBytes);
+  }
+}
+
 // Adds the products of `blocks` whole blocks.
 template <int bits, int rows, int panels>
 SPLITQ_INLINE void AddBlocks(Place place, int64_t blocks, Sums<rows, panels>& sums) {
   for (int64_t b = 0; b < blocks; ++b) {
+    if (place.first) PrefetchAhead<bits, panels>(place);
     AddBlock<bits, rows, panels>(place, sums);
     place.codes += Layout<bits>::kStep;
     place.block += Layout<bits>::kBytes;
@@ -177,7 +188,7 @@ SPLITQ_INLINE void AddPart(const PanelProduct& product, const Place& place, int6
     }
   }
   AddBlock<bits, rows, panels>(
-      {copy, kStep, place.block + block * Layout<bits>::kBytes, place.panel_stride}, sums);
+      {copy, kStep, place.block + block * Layout<bits>::kBytes, place.panel_stride, false}, sums);
 }
 
 // Rows m .. m + rows of the product, `panels` panels from panel p on.
@@ -185,7 +196,7 @@ template <int bits, int rows, int panels>
 SPLITQ_INLINE void RunTile(const PanelProduct& product, int64_t m, int64_t p) {
   constexpr int64_t kStep = Layout<bits>::kStep, kBytes = Layout<bits>::kBytes;
   Place place{product.codes + m * product.codes_stride, product.codes_stride,
-              product.panel + p * product.panel_stride, product.panel_stride};
+              product.panel + p * product.panel_stride, product.panel_stride, m == 0};
   Sums<rows, panels> sums;
   BeginSums<bits>(product.code_sums + m * product.code_sums_stride, product.code_sums_stride, sums);
   int64_t block = product.k_begin / kStep;
@@ -246,7 +257,7 @@ SPLITQ_INLINE void RunBlockTile(const BlockProduct& product, int64_t m, int64_t 
   constexpr int64_t kStep = Layout<bits>::kStep, kBytes = Layout<bits>::kBytes;
   const PanelProduct& all = product.panels;
   Place place{all.codes + m * all.codes_stride, all.codes_stride, all.panel + p * all.panel_stride,
-              all.panel_stride};
+              all.panel_stride, rows == 1};
   const int32_t* code_sums = all.code_sums + m * all.code_sums_stride;
   const float* scale = product.scale;
   __m512 terms[rows][panels];

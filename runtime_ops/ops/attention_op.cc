@@ -16,8 +16,9 @@ constexpr char kFeedAgain[] = "correct the tensor that feeds it";
 
 }  // namespace
 
-CachedAttentionOp::CachedAttentionOp(const Node& node)
+CachedAttentionBase::CachedAttentionBase(const Node& node, bool half_cache)
     : name_(node.name()), arena_(node.api(), node.info()) {
+  attention_.half_cache = half_cache;
   attention_.kv_heads = node.Int("kv_num_heads", 1, kMostHeads);
   attention_.heads = node.Int("num_heads", attention_.kv_heads, kMostHeads);
   attention_.width = node.Int("head_size", 2, kMostWidth);
@@ -32,7 +33,7 @@ CachedAttentionOp::CachedAttentionOp(const Node& node)
   attention_.loops = &FindAttentionKernels(ChooseIsa().isa);
 }
 
-AttentionData CachedAttentionOp::ReadInputs(const Call& call) const {
+AttentionData CachedAttentionBase::ReadInputs(const Call& call) const {
   AttentionData data;
   const Tensor qkv = call.Rows(kQkv, attention_.channels());
   if (qkv.shape.size() != 3) {
@@ -52,8 +53,8 @@ AttentionData CachedAttentionOp::ReadInputs(const Call& call) const {
   }
   data.past_capacity = key.shape[2];
   const Shape past{data.batch, attention_.kv_heads, data.past_capacity, attention_.width};
-  data.past_key = call.Input(kPastKey, past).as<float>();
-  data.past_value = call.Input(kPastValue, past).as<float>();
+  data.past_key = call.Input(kPastKey, past).data;
+  data.past_value = call.Input(kPastValue, past).data;
   if (data.total < data.tokens || data.total - data.tokens > data.past_capacity) {
     name_.Fail("input 'total_length' from " + std::to_string(data.tokens) + " to " +
                    std::to_string(data.tokens + data.past_capacity),
@@ -65,8 +66,8 @@ AttentionData CachedAttentionOp::ReadInputs(const Call& call) const {
     for (int64_t b = 0; b < data.batch; ++b) {
       const int32_t length = lengths.as<int32_t>()[b];
       if (length == expected) continue;
-      name_.Fail("input '" + std::string(kInputs[index].name) + "' of " + std::to_string(expected) +
-                     " in every row, as all have the same tokens",
+      name_.Fail("input '" + std::string(index == kNew ? "new_tokens" : "last_key") + "' of " +
+                     std::to_string(expected) + " in every row, as all have the same tokens",
                  std::to_string(length), kFeedAgain);
     }
   }
@@ -84,7 +85,7 @@ AttentionData CachedAttentionOp::ReadInputs(const Call& call) const {
   return data;
 }
 
-void CachedAttentionOp::CheckPositions(const AttentionData& data, int64_t places) const {
+void CachedAttentionBase::CheckPositions(const AttentionData& data, int64_t places) const {
   for (int64_t i = 0; i < data.batch * data.tokens; ++i) {
     if (data.positions[i] >= 0 && data.positions[i] < places) continue;
     name_.Fail("input 'position_ids' in [0, " + std::to_string(places) + ")",
@@ -92,13 +93,13 @@ void CachedAttentionOp::CheckPositions(const AttentionData& data, int64_t places
   }
 }
 
-void CachedAttentionOp::Compute(Call& call) const {
+void CachedAttentionBase::Compute(Call& call) const {
   AttentionData data = ReadInputs(call);
   data.capacity = std::max(data.past_capacity, data.total);
   const Shape present{data.batch, attention_.kv_heads, data.capacity, attention_.width};
   data.y = call.Output<float>(0, {data.batch, data.tokens, attention_.heads * attention_.width});
-  data.present_key = call.Output<float>(1, present);
-  data.present_value = call.Output<float>(2, present);
+  data.present_key = call.Output<void>(1, present);
+  data.present_value = call.Output<void>(2, present);
   if (data.batch == 0 || data.tokens == 0) return;
   const bool same_key = data.present_key == data.past_key;
   if (same_key != (data.present_value == data.past_value) ||
@@ -111,7 +112,7 @@ void CachedAttentionOp::Compute(Call& call) const {
   RunAttention(attention_, data, memory.data(), parallel);
 }
 
-void CachedAttentionOp::InferShapes(const ShapeInference& shapes) {
+void CachedAttentionBase::InferShapes(const ShapeInference& shapes) {
   shapes.SetLike(0, kFloat, shapes.Int("num_heads") * shapes.Int("head_size"));
 }
 

@@ -36,13 +36,15 @@ struct Domain {
         channel_split(runtime, infer_shapes),
         correction(runtime, infer_shapes),
         swiglu(runtime, infer_shapes),
-        attention(runtime, infer_shapes) {
+        attention(runtime, infer_shapes),
+        half_attention(runtime, infer_shapes) {
     Check(api, api.CreateCustomOpDomain("ai.splitq", &handle));
     Check(api, api.CustomOpDomain_Add(handle, &linear));
     Check(api, api.CustomOpDomain_Add(handle, &channel_split));
     Check(api, api.CustomOpDomain_Add(handle, &correction));
     Check(api, api.CustomOpDomain_Add(handle, &swiglu));
     Check(api, api.CustomOpDomain_Add(handle, &attention));
+    Check(api, api.CustomOpDomain_Add(handle, &half_attention));
   }
 
   const OrtApi& api;
@@ -50,7 +52,8 @@ struct Domain {
   CustomOp<ChannelSplitKernel> channel_split;
   CustomOp<CorrectionKernel> correction;
   CustomOp<SwiGluOp> swiglu;
-  CustomOp<CachedAttentionOp> attention;
+  CustomOp<CachedAttentionOp<kFloat>> attention;
+  CustomOp<CachedAttentionOp<kFloat16>> half_attention;
   OrtCustomOpDomain* handle = nullptr;
 };
 

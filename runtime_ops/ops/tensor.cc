@@ -50,6 +50,8 @@ std::string ToString(ONNXTensorElementDataType type) {
   switch (type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
       return "float32";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return "float16";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
       return "UINT8";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:

@@ -29,7 +29,7 @@ from model_peers import GGUF_TYPES, write_genai, write_gguf
 from rich.console import Console
 from rich.table import Table
 
-SCHEMES = ("fp32", "W8A8", "W4A8", "W4A4", "W3A3", "W3A2", "W4A8 plain", "W3A3 plain")
+SCHEMES = ("fp32", "W8A8", "W4A8", "W4A4", "W3A3", "W3A2", "W4A8 plain", "W3A3 plain", "W4A8 float16 cache")
 EXTRAS = ("W4A8 no transform", "W4A8 no split", "W4A8 no CWS, MAC")
 ENGINE_SCRIPT = Path(__file__).with_name("model_engines.py")
 
@@ -91,7 +91,7 @@ class Contender:
         if self.kind != "ours":
             return {}
         cache = json.loads((self.path / "export.json").read_text(encoding="utf-8"))["cache"]
-        tokens = 2 * cache["layers"] * cache["heads"] * cache["head_dim"] * 4
+        tokens = 2 * cache["layers"] * cache["heads"] * cache["head_dim"] * cache["bits"] // 8
         files = sum(path.stat().st_size for path in self.path.glob("decoder.onnx*"))
         return {"file_mb": round(files / 2**20, 1), "cache_mb": round(tokens * self.longest / 2**20, 1)}
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 FOUR_BITS = ("Q4_0", "Q4_K_M")  # of llama.cpp
+LIKE_OTHERS = ("W4A8", "W4A8 float16 cache", "W4A8 4-bit head", "W4A8 float16 cache, 4-bit head")  # what others have
 SPARE_MB = 150  # that a process may take beside 1.15 times its file and the cache
 
 Row = dict[str, Any]
@@ -45,15 +46,18 @@ def _ratios(here: dict[tuple[str, str], Row]) -> Iterator[tuple[str, float]]:
     if full is None:
         return
     for kind, key in (("steps", "decode_tps"), ("prompt", "prefill_tps")):
-        if llama:
-            yield f"{kind}: W4A8 / llama.cpp's best 4 bits", full[key] / max(row[key] for row in llama)
-        for name, row in others.items():
-            if row is not None:
-                yield f"{kind}: W4A8 / {name}", full[key] / row[key]
+        for scheme in LIKE_OTHERS:
+            if scheme not in own:
+                continue
+            if llama:
+                yield f"{kind}: {scheme} / llama.cpp's best 4 bits", own[scheme][key] / max(row[key] for row in llama)
+            for name, row in others.items():
+                if row is not None:
+                    yield f"{kind}: {scheme} / {name}", own[scheme][key] / row[key]
     if "W3A3" in own:
         yield "steps: W3A3 / W4A8", own["W3A3"]["decode_tps"] / full["decode_tps"]
     for scheme, row in own.items():
-        if scheme.startswith("W4A8 "):
+        if scheme.startswith("W4A8 ") and scheme not in LIKE_OTHERS:
             yield f"step's time: W4A8 / {scheme}", row["decode_tps"] / full["decode_tps"]
     same_bits = next((row for row in llama if row["scheme"] == "Q4_0"), None)
     if same_bits is not None:

@@ -32,25 +32,33 @@ from splitq_edge.exporters.symbolic import placeholders
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext
 from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear, site_parts
+from splitq_edge.quant.kv_cache import HALF_BITS
 from splitq_edge.quant.transforms import factor_pair, orthogonal_start
 from splitq_edge.splitting.plan import outlier_width
 
-HEAD_BITS = 8
+HEAD_BITS = 8  # unless a recipe says otherwise
 ATTENTION = "fused"
+FLOAT_WEIGHTS = ("fp32", "MatMulNBits")  # graphs whose layers are not ours
 PLAIN = {"transform": "identity", "scale": "none", "split": SplitConfig(ratio=0), "correction": CorrectionConfig(0, 0)}
 WITHOUT = {
     "no transform": {"transform": "identity"},
     "no split": {"split": SplitConfig(ratio=0)},
     "no CWS, MAC": {"correction": CorrectionConfig(0, 0)},
 }
+WITH = {
+    "float16 cache": {"kv_cache_bits": HALF_BITS},
+    "4-bit head": {"lm_head": "W4A8"},
+    "float16 cache, 4-bit head": {"kv_cache_bits": HALF_BITS, "lm_head": "W4A8"},
+}
+CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, **WITHOUT, **WITH}
 
 
 def recipe(scheme: str) -> QuantConfig:
-    """The recipe behind a name: a preset, "W8A8", or one without something, as "W4A8 plain" or "W4A8 no split"."""
-    label, _, without = scheme.partition(" ")
+    """The recipe behind a name: a preset, "W8A8", or one with a change, as "W4A8 plain" or "W4A8 float16 cache"."""
+    label, _, change = scheme.partition(" ")
     config = preset("W4A8" if label == "W8A8" else label)
     config = replace(config, scheme=label, bits=int(label[1]), activation_bits=int(label[3]))
-    return replace(config, **(PLAIN if without == "plain" else WITHOUT[without])) if without else config
+    return replace(config, **CHANGES[change]) if change else config
 
 
 def text_config(shape: str) -> Any:
@@ -90,13 +98,15 @@ def write_decoders(shape: str, schemes: Iterable[str], root: Path) -> None:
         schemes: see `recipe`; "MatMulNBits" for ONNX Runtime's 4-bit layers in blocks of 128.
         root: each scheme gets a folder in it, see `folder_of`.
     """
-    traced = None
+    traced: dict[int, ir.Model] = {}  # by bits of the cache
     for scheme in schemes:
         folder = folder_of(root, scheme)
         if (folder / EXPORT_FILE).exists():
             continue
-        traced = traced or _traced(shape)
-        _write(traced, shape, scheme, folder)
+        bits = 0 if scheme in FLOAT_WEIGHTS else recipe(scheme).kv_cache_bits
+        if bits not in traced:
+            traced[bits] = _traced(shape, bits)
+        _write(traced[bits], shape, scheme, folder)
 
 
 def folder_of(root: Path, scheme: str) -> Path:
@@ -104,10 +114,10 @@ def folder_of(root: Path, scheme: str) -> Path:
     return root / re.sub(r"\W+", "-", scheme)
 
 
-def _traced(shape: str) -> ir.Model:
-    """The fused decoder with a placeholder for every linear; tracing knows nothing of the scheme."""
+def _traced(shape: str, kv_cache_bits: int) -> ir.Model:
+    """The fused decoder with a placeholder for every linear; tracing knows nothing of the scheme but its cache."""
     loaded = hollow_model(shape)
-    quantized = QuantizedModel(loaded, preset("W4A8"), {}, [])
+    quantized = QuantizedModel(loaded, replace(preset("W4A8"), kv_cache_bits=kv_cache_bits), {}, [])
     fill(loaded, quantized)
     with placeholders(quantized):
         model = trace_decoder(
@@ -121,7 +131,7 @@ def _traced(shape: str) -> ir.Model:
 
 
 def _write(traced: ir.Model, shape: str, scheme: str, folder: Path) -> None:
-    plain = scheme in ("fp32", "MatMulNBits")
+    plain = scheme in FLOAT_WEIGHTS
     config = recipe("W4A8 plain" if plain else scheme)
     loaded = hollow_model(shape)
     quantized = QuantizedModel(loaded, config, {}, [])
@@ -151,7 +161,7 @@ def _write(traced: ir.Model, shape: str, scheme: str, folder: Path) -> None:
                 "heads": cache.heads,
                 "head_dim": cache.head_dim,
                 "dtype": cache.dtype,
-                "bits": 32,
+                "bits": cache.bits or 32,
             },
             "parts": {"decoder": {"file": "decoder.onnx", "parity_limit_db": 0.0}},
             "files": file_table(folder),
@@ -179,7 +189,8 @@ def fill(loaded: LoadedModel, quantized: QuantizedModel) -> None:
         for site in loaded.adapter.language_block:
             name = loaded.adapter.site_name(number, site)
             quantized.sites[name] = place(block, site, name, quantized.config, loaded)
-    head = replace(quantized.config, bits=HEAD_BITS, activation_bits=8, **PLAIN)
+    bits = HEAD_BITS if quantized.config.lm_head == "none" else int(quantized.config.lm_head[1])
+    head = replace(quantized.config, bits=bits, activation_bits=8, **PLAIN)
     head = replace(head, transform=quantized.config.transform)
     quantized.extras["lm_head"] = {
         "lm_head": place(loaded.model, Site("lm_head", ("lm_head",)), "lm_head", head, loaded)

@@ -197,6 +197,24 @@ def test_genai_says_what_our_loop_says(exports: Exports, text: str, images: int)
     assert tokens == loop_tokens(model, inputs)
 
 
+@needs_genai
+@pytest.mark.parametrize("attention", ["fused", "standard"])
+def test_genai_passes_a_float16_cache_on(attention: str, tmp_path: Path) -> None:
+    config = replace(RECIPES["masked"], learning=CLOSED_FORM, kv_cache_bits=16)
+    checkpoint = str(save_tiny("llava", tmp_path / "checkpoint"))
+    chats = load_samples(str(write_chats(tmp_path / "chats")), 2, seed=0)
+    loaded = load_model(checkpoint)
+    samples = [encode_sample(loaded.processor, sample, loaded.image_layout) for sample in chats]
+    quantized = assemble(loaded, config, calibration_state(load_model(checkpoint), config, samples, tmp_path))
+    sample = {name: value for name, value in samples[0].items() if name != "answer"}
+    (folder := tmp_path / "out").mkdir()
+    write_export(loaded, quantized, ExportRequest("portable", sample, {}, 0, attention, "genai"), folder)
+    model = ExportedModel(folder)
+    inputs = inputs_of(model, *PROMPTS[0])
+    tokens = list(GenaiGenerator(model).tokens(inputs, max_new_tokens=NEW_TOKENS))
+    assert tokens == loop_tokens(model, inputs)
+
+
 CONTEXTS = {"llava": 256, "smolvlm": 512}  # max_position_embeddings
 
 

@@ -35,6 +35,7 @@ def test_the_default_is_genai_for_the_types_that_it_knows_itself() -> None:
     assert default_layout(llava, None) == "flat"  # runs under a borrowed type, which must be asked for
     known = replace(llava, model_type="gemma3")
     assert default_layout(known, preset("W4A8")) == "genai"
+    assert default_layout(known, replace(preset("W4A8"), kv_cache_bits=16)) == "genai"
     assert default_layout(known, replace(preset("W4A8"), kv_cache_bits=8)) == "flat"
 
 
@@ -45,7 +46,7 @@ CACHED = replace(preset("W4A8"), kv_cache_bits=8)
     ("layout", "model_type", "changes", "problem"),
     [
         ("genai", "llama", {}, "expected a model type that onnxruntime-genai can run, got 'llama'; use --layout flat"),
-        ("genai", "llava", {"config": CACHED}, "expected a recipe with kv_cache_bits 0, .* got 8; change the recipe"),
+        ("genai", "llava", {"config": CACHED}, "expected a recipe with kv_cache_bits 0 or 16, .* got 8; change the"),
         ("onnx-community", "llama", {}, "transformers.js prepares pictures for .* got 'llama'; use --layout flat"),
         ("onnx-community", "llava", {"config": CACHED}, "expected a recipe with kv_cache_bits 0, .* got 8"),
         ("onnx-community", "llava", {"flavour": "packed"}, "expected --flavour portable, .* got packed"),
