@@ -23,7 +23,6 @@ from splitq_edge.exporters.passes.fuse_swiglu import fuse_swiglu
 from splitq_edge.exporters.passes.half_cache import halve_cache
 from splitq_edge.exporters.passes.pack_attention import pack_attention
 from splitq_edge.exporters.passes.trim_logits import trim_logits
-from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.kv_cache import HALF_BITS, cache_tensors
@@ -113,8 +112,7 @@ def finish_decoder(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bo
     """
     if not sites:
         return
-    expand_sites(model, sites, packed=packed)
-    specs: list[Spec] = [site_spec(site, packed=packed) for site in sites.values()]
+    specs: list[Spec] = [*expand_sites(model, sites, packed=packed)]
     pack_attention(model)
     attach_functions(model, [*specs, *fuse_swiglu(model), *cache_attention(model)])
     RemoveUnusedNodesPass()(model)

@@ -30,7 +30,6 @@ from splitq_edge.exporters.passes.attach_functions import attach_functions
 from splitq_edge.exporters.passes.expand_sites import expand_sites
 from splitq_edge.exporters.quantization_config import quantization_config
 from splitq_edge.exporters.save_graph import external_places, save_graph
-from splitq_edge.exporters.site_weights import site_spec
 from splitq_edge.exporters.symbolic import placeholders, reads_modality
 from splitq_edge.image_layout import Arrays, ImageLayout, join
 from splitq_edge.loading import LoadedModel
@@ -171,8 +170,7 @@ def _with_sites(
     with placeholders(quantized):
         model = traced()
     packed = request.flavour == "packed"
-    expand_sites(model, sites, packed=packed)
-    attach_functions(model, (site_spec(site, packed=packed) for site in sites.values()))
+    attach_functions(model, expand_sites(model, sites, packed=packed))
     return model
 
 

@@ -15,6 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from splitq_edge.errors import ArtifactError
+from splitq_edge.exporters.joined_constants import is_weight, take_apart
 from splitq_edge.exporters.specs import (
     DOMAIN,
     ChannelSplitQuantizeSpec,
@@ -96,8 +97,14 @@ def _rewritten(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], folde
         inputs=tuple(computed),
         outputs=tuple(outputs),
         attributes={attribute.name: _value(attribute) for attribute in node.attribute},
-        constants={name: _array(name, tensors[value], folder) for name, value in named.items() if name not in computed},
+        constants={},
     )
+    for name, value in named.items():
+        if name not in computed:
+            found.constants[name] = _array(name, tensors[value], folder)
+    if "constants" in found.constants:
+        sizes, block, width = (found.attributes[name] for name in ("constant_sizes", "block_size", "N"))
+        found.constants.update(take_apart(found.constants.pop("constants"), sizes, block, width))
     rewritten = helper.make_node(
         found.name, list(computed.values()), list(outputs.values()), name=node.name, domain=PYTHON_DOMAIN
     )
@@ -114,7 +121,7 @@ def _value(attribute: onnx.AttributeProto) -> object:
 def _array(name: str, tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     """An initializer as the Python op takes it: weights as codes [K, N] int8, packed or not."""
     array = numpy_helper.to_array(tensor, base_dir=str(folder))
-    if not name.startswith("weight_") and name not in ("u", "v"):
+    if not is_weight(name):
         return array
     return unpack(array)[0] if array.ndim == 1 else array.astype(np.int8)
 

@@ -6,11 +6,24 @@ import numpy as np
 import torch
 from onnx import TensorProto, numpy_helper
 
+from splitq_edge.exporters.joined_constants import is_weight, join_constants
 from splitq_edge.exporters.nodes import SplitQLinearSpec, weight_initializer
 from splitq_edge.modules.split_linear import GROUPS, SplitLinear
 
 
-def site_spec(site: SplitLinear, *, packed: bool) -> SplitQLinearSpec:
+def site_node(site: SplitLinear, *, packed: bool) -> tuple[SplitQLinearSpec, dict[str, TensorProto]]:
+    """A site's node and its constant inputs; with packed weights all other constants are one tensor."""
+    spec = _spec(site, packed=packed)
+    tensors = _initializers(site, spec)
+    if not packed:
+        return spec, tensors
+    short = {name: numpy_helper.to_array(tensor) for name, tensor in tensors.items() if not is_weight(name)}
+    spec, joined = join_constants(spec, short)
+    tensors = {name: tensor for name, tensor in tensors.items() if is_weight(name)}
+    return spec, tensors | {"constants": numpy_helper.from_array(joined, f"{site.name}.constants")}
+
+
+def _spec(site: SplitLinear, *, packed: bool) -> SplitQLinearSpec:
     """The node variant that computes a site."""
     groups, correction = site.groups, site.correction
     outlier = groups.get("text") or groups.get("vision")
@@ -39,8 +52,11 @@ def site_spec(site: SplitLinear, *, packed: bool) -> SplitQLinearSpec:
     )
 
 
-def site_initializers(site: SplitLinear, spec: SplitQLinearSpec) -> dict[str, TensorProto]:
-    """Constant inputs of a site's node, by the contract's input name; tensors are named `<site>.<input>`."""
+def _initializers(site: SplitLinear, spec: SplitQLinearSpec) -> dict[str, TensorProto]:
+    """Constant inputs of a site's node, each with an input of its own, by the contract's input name.
+
+    Tensors are named `<site>.<input>`.
+    """
     tensors: dict[str, TensorProto] = {}
 
     def plain(name: str, value: torch.Tensor | None) -> None:

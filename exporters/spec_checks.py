@@ -39,6 +39,20 @@ def check_bits(spec: Any, *names: str) -> None:
             )
 
 
+def check_joined(spec: Any) -> None:
+    """Checks constant_sizes, if the spec has any."""
+    if not spec.constant_sizes:
+        return
+    apart = {"x", "modality", "u", "v", *(f"weight_{group}" for group in GROUPS)}
+    given = [name for name, size in zip(spec.inputs, spec.constant_sizes, strict=False) if size]
+    wanted = [name for name in spec.meaning_inputs if name not in apart]
+    if len(spec.constant_sizes) != len(spec.inputs) - 1 or min(spec.constant_sizes) < 0 or given != wanted:
+        raise SplitQError(
+            f"{spec.op_type}: expected constant_sizes of {len(spec.inputs) - 1} inputs, above 0 for "
+            f"{', '.join(wanted)}, got {list(spec.constant_sizes)}; join the node's constants anew"
+        )
+
+
 def check_positive(spec: Any, *names: str) -> None:
     """Checks fields that are sizes."""
     for name in names:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import ClassVar
 
 from splitq_edge.errors import SplitQError
-from splitq_edge.exporters.spec_checks import GROUPS, check_activations, check_bits, check_positive, check_ranks
+from splitq_edge.exporters.spec_checks import (
+    GROUPS,
+    check_activations,
+    check_bits,
+    check_joined,
+    check_positive,
+    check_ranks,
+)
 
 DOMAIN = "ai.splitq"
 VERSION = 1
@@ -215,6 +223,8 @@ class SplitQLinearSpec:
         activation_clip: see channel_order.
         bias: see channel_order.
         packed: whether the weights are packed (for the native kernels) instead of INT4 or INT8 tensors.
+        constant_sizes: how many numbers of each input lie in the input `constants`, in the order of `inputs` up to
+            bias, see `joined`; () if all have inputs of their own.
 
     Raises:
         SplitQError: a value outside the contract.
@@ -240,6 +250,7 @@ class SplitQLinearSpec:
     activation_clip: bool = False
     bias: bool = False
     packed: bool = False
+    constant_sizes: tuple[int, ...] = ()
 
     op_type: ClassVar[str] = "SplitQLinear"
     inputs: ClassVar[tuple[str, ...]] = (
@@ -254,11 +265,13 @@ class SplitQLinearSpec:
         "gate_cws",
         "gate_mac",
         "bias",
+        "constants",
     )
     outputs: ClassVar[tuple[str, ...]] = ("y",)
 
     def __post_init__(self) -> None:
         check_positive(self, "N")
+        check_joined(self)
         check_bits(self, "bits", "outlier_bits", "correction_bits")
         check_ranks(self)
         check_activations(self)
@@ -306,8 +319,20 @@ class SplitQLinearSpec:
         )
 
     @property
+    def joined(self) -> tuple[str, ...]:
+        """The inputs that lie one behind the other in the input `constants`: those of floats and the channel order."""
+        return tuple(name for name, size in zip(self.inputs, self.constant_sizes, strict=False) if size)
+
+    @property
     def present_inputs(self) -> tuple[str, ...]:
         """The inputs the node takes, in the order of the contract."""
+        if not self.constant_sizes:
+            return self.meaning_inputs
+        return (*(name for name in self.meaning_inputs if name not in self.joined), "constants")
+
+    @property
+    def meaning_inputs(self) -> tuple[str, ...]:
+        """What the node is given, through inputs of its own or in `constants`, in the order of the contract."""
         present = {f"{part}_{group}" for group in self.groups for part in ("weight", "scale")}
         present.update(self.quantize.present_inputs)
         if self.correction:
@@ -325,7 +350,10 @@ class SplitQLinearSpec:
     @property
     def attributes(self) -> dict[str, int | str | list[int]]:
         """The attributes of the node, all of them."""
-        return {
+        joined: dict[str, int | str | list[int]] = {}
+        if self.constant_sizes:
+            joined["constant_sizes"] = list(self.constant_sizes)
+        return joined | {
             "K": self.K,
             "N": self.N,
             "group_widths": list(self.group_widths),
@@ -357,7 +385,16 @@ class SplitQLinearSpec:
             *_activation_flags(self),
             "bias" if self.bias else "",
             "packed" if self.packed else "",
+            _joined_token(self),
         )
+
+
+def _joined_token(spec: SplitQLinearSpec) -> str:
+    """Sizes of the first factors; the rest of the spec gives all others."""
+    if not spec.constant_sizes:
+        return ""
+    sizes = dict(zip(spec.inputs, spec.constant_sizes, strict=False))
+    return ".".join(["joined", *(str(isqrt(sizes[f"p1_{group}"])) for group in spec.groups)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,10 +149,9 @@ def site_model(site: SplitLinear, *, packed: bool) -> onnx.ModelProto:
     """A model of one SplitQLinear node with its function body; inputs x and, if read, modality."""
     from splitq_edge.exporters.functions import functions_for
     from splitq_edge.exporters.nodes import DOMAIN, VERSION, make_node
-    from splitq_edge.exporters.site_weights import site_initializers, site_spec
+    from splitq_edge.exporters.site_weights import site_node
 
-    spec = site_spec(site, packed=packed)
-    initializers = site_initializers(site, spec)
+    spec, initializers = site_node(site, packed=packed)
     names = {name: initializers[name].name if name in initializers else name for name in spec.present_inputs}
     feeds = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "sequence", site.in_features])]
     if "modality" in names:

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from splitq_edge.exporters.functions import functions_for
+from splitq_edge.exporters.joined_constants import is_weight, join_constants
 from splitq_edge.exporters.nodes import (
     DOMAIN,
     ChannelSplitQuantizeSpec,
@@ -37,15 +38,18 @@ class Case:
         leading: leading axes of x.
         modality: "text", "vision" or "mixed" rows.
         exact: whether transformed activations are exact, see above.
+        joined: whether all constants but the weights of a SplitQLinear lie in one tensor.
     """
 
     spec: Spec
     leading: tuple[int, ...] = (2, 3)
     modality: str = "mixed"
     exact: bool = True
+    joined: bool = False
 
     def __str__(self) -> str:
-        return f"{self.spec.overload}_x{'.'.join(map(str, self.leading))}_{self.modality}"
+        joined = "_joined" if self.joined else ""
+        return f"{self.spec.overload}{joined}_x{'.'.join(map(str, self.leading))}_{self.modality}"
 
 
 @dataclass
@@ -63,10 +67,17 @@ def build(case: Case, rng: np.random.Generator) -> OpModel:
         feeds, initializers = _correction_inputs(case, case.spec, rng)
     else:
         feeds, initializers = _split_inputs(case, case.spec, rng)
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in initializers}
+    spec = case.spec
+    if case.joined:
+        assert isinstance(spec, SplitQLinearSpec)
+        weights = [tensor for tensor in initializers if is_weight(tensor.name)]
+        spec, constants = join_constants(spec, {k: v for k, v in stored.items() if not is_weight(k)})
+        initializers = [*weights, numpy_helper.from_array(constants, "constants")]
     node = make_node(
-        case.spec,
-        {name: name for name in case.spec.present_inputs},
-        {name: name for name in case.spec.present_outputs},
+        spec,
+        {name: name for name in spec.present_inputs},
+        {name: name for name in spec.present_outputs},
         "node",
     )
     leading = [f"axis{i}" for i in range(len(case.leading))]
@@ -78,9 +89,8 @@ def build(case: Case, rng: np.random.Generator) -> OpModel:
         initializers,
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    functions = functions_for([case.spec])
+    functions = functions_for([spec])
     model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in initializers}
     return OpModel(model, feeds, {**feeds, **stored})
 
 

@@ -68,10 +68,11 @@ class Body:
         """
         # onnx.reference wants as many inputs as the node has, and `make_node` writes none after the last.
         last = max(spec.inputs.index(given) for given in spec.present_inputs)
+        inside = getattr(spec, "joined", ())  # these names are values of the body
         return helper.make_function(
             DOMAIN,
             name,
-            spec.inputs[: last + 1],
+            [f"{given}_apart" if given in inside else given for given in spec.inputs[: last + 1]],
             outputs,
             self._nodes,
             [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import FunctionProto
+from onnx import FunctionProto, TensorProto
 
 from splitq_edge.exporters.functions.arithmetic import (
     code_sums,
@@ -13,6 +13,7 @@ from splitq_edge.exporters.functions.arithmetic import (
     weight_integers,
 )
 from splitq_edge.exporters.functions.body import Body
+from splitq_edge.exporters.joined_constants import places, shape_of
 from splitq_edge.exporters.nodes import place
 from splitq_edge.exporters.specs import ChannelSplitQuantizeSpec, CrossModalCorrectionSpec, SplitQLinearSpec
 
@@ -28,6 +29,7 @@ def linear_function(spec: SplitQLinearSpec, quantize_name: str, correction_name:
         correction_name: the nested CrossModalCorrection function; unused without a rank.
     """
     body = Body()
+    _take_apart(body, spec)
     _call(body, quantize_name, spec.quantize)
     total = ""
     for group, width in zip(spec.groups, filter(None, spec.group_widths), strict=True):
@@ -50,6 +52,19 @@ def linear_function(spec: SplitQLinearSpec, quantize_name: str, correction_name:
         total = body.op("Add", [total, "correction"], "sum_with_correction")
     body.op("Add", [total, "bias"], "y") if spec.bias else body.op("Identity", [total], "y")
     return body.function(spec, spec.op_type, overload=spec.overload, outputs=spec.outputs, explanation=EXPLANATION)
+
+
+def _take_apart(body: Body, spec: SplitQLinearSpec) -> None:
+    """Appends what makes the arrays in `constants` values of their names."""
+    for name, start, size in places(spec.constant_sizes):
+        shape = shape_of(name, size, spec.block_size, spec.N)
+        whole = len(shape) == 1 and name != "channel_order"
+        first, end = (body.constant(f"{name}_{edge}", [at]) for edge, at in (("from", start), ("to", start + size)))
+        value = body.op("Slice", ["constants", first, end], name if whole else f"{name}_numbers")
+        if name == "channel_order":
+            body.op("Cast", [value], name, to=TensorProto.INT32)
+        elif not whole:
+            body.op("Reshape", [value, body.constant(f"{name}_shape", list(shape))], name)
 
 
 def nested_correction(spec: SplitQLinearSpec) -> CrossModalCorrectionSpec | None:

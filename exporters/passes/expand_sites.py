@@ -9,13 +9,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitq_edge.errors import SplitQError
-from splitq_edge.exporters.nodes import make_node
-from splitq_edge.exporters.site_weights import site_initializers, site_spec
+from splitq_edge.exporters.nodes import SplitQLinearSpec, make_node
+from splitq_edge.exporters.site_weights import site_node
 from splitq_edge.exporters.symbolic import DOMAIN, PLACEHOLDER
 from splitq_edge.modules.split_linear import SplitLinear
 
 
-def expand_sites(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bool) -> int:
+def expand_sites(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bool) -> list[SplitQLinearSpec]:
     """Expand all placeholders in place.
 
     Args:
@@ -24,7 +24,7 @@ def expand_sites(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bool
         packed: weights in kernel layout instead of int4 tensors.
 
     Returns:
-        Number of nodes written.
+        The specs of the nodes written.
 
     Raises:
         SplitQError: a site is missing from the graph or its parts read different values.
@@ -36,18 +36,17 @@ def expand_sites(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bool
     if set(parts) != set(sites):
         lost = sorted(set(sites) - set(parts)) or sorted(set(parts) - set(sites))
         raise SplitQError(f"export: expected every quantized site in the traced graph, {lost[0]} differs")
-    for name, nodes in parts.items():
-        _expand(model, sites[name], nodes, packed=packed)
+    specs = [_expand(model, sites[name], nodes, packed=packed) for name, nodes in parts.items()]
     model.opset_imports[DOMAIN] = 1
-    return len(parts)
+    return specs
 
 
-def _expand(model: ir.Model, site: SplitLinear, parts: list[ir.Node], *, packed: bool) -> None:
+def _expand(model: ir.Model, site: SplitLinear, parts: list[ir.Node], *, packed: bool) -> SplitQLinearSpec:
     if any(tuple(part.inputs) != tuple(parts[0].inputs) for part in parts):
         raise SplitQError(f"export: {site.name}: expected its linears to read one value, they read several")
-    spec = site_spec(site, packed=packed)
+    spec, tensors = site_node(site, packed=packed)
     values: dict[str, ir.Value | None] = dict(zip(("x", "modality"), parts[0].inputs, strict=False))
-    for input_name, proto in site_initializers(site, spec).items():
+    for input_name, proto in tensors.items():
         values[input_name] = _initializer(model, ir.serde.deserialize_tensor(proto))
     values = {name: values[name] for name in spec.present_inputs}
     proto_node = make_node(spec, {name: name for name in values}, "y", name=site.name)
@@ -72,6 +71,7 @@ def _expand(model: ir.Model, site: SplitLinear, parts: list[ir.Node], *, packed:
     for part, piece in zip(parts, pieces, strict=True):
         _replace(part.outputs[0], piece)
     model.graph.remove(parts, safe=True)
+    return spec
 
 
 def _replace(old: ir.Value, new: ir.Value) -> None:

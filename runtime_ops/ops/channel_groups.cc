@@ -70,9 +70,7 @@ void ChannelGroups::ReadBits(const Node& node) {
 
 void ChannelGroups::ReadOrder(const Node& node, size_t input) {
   if (!node.HasInput(input)) return;
-  const Tensor tensor = node.Constant(input, {plan_.gather.channels});
-  order_.resize(static_cast<size_t>(plan_.gather.channels));
-  std::memcpy(order_.data(), tensor.data, order_.size() * sizeof(int32_t));
+  order_ = node.IntConstant(input, plan_.gather.channels);
   if (!IsPermutation(order_)) {
     node.Fail("channel_order to be a permutation of 0 .. K-1", "a channel out of range or twice",
               kExportAgain);
@@ -88,7 +86,7 @@ void ChannelGroups::ReadFactors(const Node& node, size_t input, int group) {
   const bool first = node.HasInput(input), second = node.HasInput(input + 1);
   if (first != second) node.Fail("both or neither of " + names, "one", kExportAgain);
   if (!first) return;
-  const Shape p1 = node.AnyConstant(input).shape, p2 = node.AnyConstant(input + 1).shape;
+  const Shape p1 = node.SquareShape(input), p2 = node.SquareShape(input + 1);
   const int64_t width = plan_.groups[group].width;
   // a and b divide the width, so that their product cannot overflow before it is compared
   const bool good = p1.size() == 2 && p2.size() == 2 && p1[0] > 0 && width > 0 &&

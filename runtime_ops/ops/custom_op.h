@@ -37,7 +37,8 @@ class CustomOp : public OrtCustomOp {
  private:
   struct Instance {
     Instance(const OrtApi& runtime, const OrtKernelInfo* info)
-        : api(runtime), kernel(Node(runtime, info, Kernel::kOp, Kernel::kInputs)) {}
+        : api(runtime),
+          kernel(Node(runtime, info, Kernel::kOp, Kernel::kInputs, std::size(Kernel::kInputs))) {}
     const OrtApi& api;
     Kernel kernel;
   };

@@ -1,29 +1,76 @@
 #include "ops/node.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <utility>
 
+#include "include/sizes.h"
 #include "pack/layout.h"
 
 namespace splitq::ops {
 namespace {
 
 constexpr char kExportAgain[] = "export the model again";
+constexpr int64_t kJoinedMultiple = 16;  // numbers; where each array in the constants begins
+constexpr float kLargestWhole = 16777216.0f;
 
 std::string Quoted(const char* name) { return "'" + std::string(name) + "'"; }
 
 }  // namespace
 
-Node::Node(const OrtApi& api, const OrtKernelInfo* info, const char* op, const Port* inputs)
+Node::Node(const OrtApi& api, const OrtKernelInfo* info, const char* op, const Port* inputs,
+           size_t ports)
     : api_(api), info_(info), inputs_(inputs) {
   name_.op = op;
   name_.node = ReadString(
       api, [&](char* out, size_t* size) { return api.KernelInfo_GetNodeName(info, out, size); });
   Check(api, api.KernelInfo_GetInputCount(info, &input_count_));
   Check(api, api.KernelInfo_GetOutputCount(info, &output_count_));
+  const bool last_is_constants = std::strcmp(inputs[ports - 1].name, "constants") == 0;
+  if (last_is_constants && HasOwnInput(ports - 1)) ReadJoined(ports);
+}
+
+void Node::ReadJoined(size_t ports) {
+  const size_t place = ports - 1;
+  const std::vector<int64_t> sizes = Ints("constant_sizes");
+  if (sizes.size() != place) {
+    Fail("attribute 'constant_sizes' of " + std::to_string(place) + " numbers",
+         std::to_string(sizes.size()), kExportAgain);
+  }
+  const Tensor tensor = AnyConstant(place);
+  if (tensor.type != kFloat || tensor.shape.size() != 1) {
+    Fail("input 'constants' of type " + ToString(kFloat) + " and one axis",
+         ToString(tensor.type) + " " + ToString(tensor.shape), kExportAgain);
+  }
+  const int64_t numbers = tensor.shape[0];
+  std::vector<Joined> joined(place);
+  int64_t start = 0;
+  for (size_t i = 0; i < place; ++i) {
+    if (sizes[i] == 0) continue;
+    const bool allowed = inputs_[i].type == kInt32 || (inputs_[i].type == kFloat && i > 0);
+    const bool fits = sizes[i] > 0 && sizes[i] <= numbers - start;
+    if (!allowed || !fits || HasOwnInput(i)) {
+      Fail("attribute 'constant_sizes' with what input 'constants' of " + std::to_string(numbers) +
+               " numbers can hold and no input has of its own",
+           std::to_string(sizes[i]) + " for " + Quoted(InputName(i)), kExportAgain);
+    }
+    joined[i] = {tensor.as<char>() + start * static_cast<int64_t>(sizeof(float)), sizes[i]};
+    start = std::min(numbers, CeilDiv(start + sizes[i], kJoinedMultiple) * kJoinedMultiple);
+  }
+  joined_ = std::move(joined);
+}
+
+const Node::Joined* Node::FindJoined(size_t index) const {
+  return index < joined_.size() && joined_[index].data != nullptr ? &joined_[index] : nullptr;
+}
+
+bool Node::HasInput(size_t index) const {
+  return FindJoined(index) != nullptr || HasOwnInput(index);
 }
 
 // Omitted inputs and outputs in the middle of the list have an empty name.
-bool Node::HasInput(size_t index) const {
+bool Node::HasOwnInput(size_t index) const {
   return index < input_count_ &&
          !ReadString(
               api_,
@@ -128,7 +175,48 @@ Tensor Node::AnyConstant(size_t index) const {
   return ReadTensor(api_, value);
 }
 
+std::vector<int32_t> Node::IntConstant(size_t index, int64_t size) const {
+  std::vector<int32_t> values(static_cast<size_t>(size));
+  const Joined* joined = FindJoined(index);
+  if (joined == nullptr) {
+    const Tensor tensor = Constant(index, {size});
+    std::memcpy(values.data(), tensor.data, values.size() * sizeof(int32_t));
+    return values;
+  }
+  if (joined->size != size) {
+    Fail(std::to_string(size) + " numbers of " + Quoted(InputName(index)) + " in the constants",
+         std::to_string(joined->size), kExportAgain);
+  }
+  for (size_t i = 0; i < values.size(); ++i) {
+    float value;
+    std::memcpy(&value, static_cast<const char*>(joined->data) + i * sizeof(value), sizeof(value));
+    const bool whole = std::fabs(value) <= kLargestWhole && value == std::nearbyint(value);
+    values[i] = whole ? static_cast<int32_t>(value) : -1;  // what is checked next is not -1
+  }
+  return values;
+}
+
+Shape Node::SquareShape(size_t index) const {
+  const Joined* joined = FindJoined(index);
+  if (joined == nullptr) return AnyConstant(index).shape;
+  const auto side = static_cast<int64_t>(std::lround(std::sqrt(static_cast<double>(joined->size))));
+  if (side * side != joined->size) {
+    Fail("a square number of " + Quoted(InputName(index)) + " in the constants",
+         std::to_string(joined->size), kExportAgain);
+  }
+  return {side, side};
+}
+
 Tensor Node::Constant(size_t index, const Shape& shape) const {
+  if (const Joined* joined = FindJoined(index)) {
+    int64_t size = 1;
+    for (const int64_t axis : shape) size *= axis;
+    if (size != joined->size) {
+      Fail(std::to_string(size) + " numbers of " + Quoted(InputName(index)) + " in the constants",
+           std::to_string(joined->size), kExportAgain);
+    }
+    return {kFloat, shape, joined->data};
+  }
   Tensor tensor = AnyConstant(index);
   const ONNXTensorElementDataType type = inputs_[index].type;
   if (tensor.type != type || tensor.shape != shape) {

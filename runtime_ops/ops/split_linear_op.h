@@ -26,7 +26,7 @@ class SplitLinearKernel {
       {"p2_vision", kFloat, false},
       {"activation_clip", kFloat, false},
       {"weight_main", kWeightCodes, true},
-      {"scale_main", kFloat, true},
+      {"scale_main", kFloat, false},
       {"weight_text", kWeightCodes, false},
       {"scale_text", kFloat, false},
       {"weight_vision", kWeightCodes, false},
@@ -38,6 +38,7 @@ class SplitLinearKernel {
       {"gate_cws", kFloat, false},
       {"gate_mac", kFloat, false},
       {"bias", kFloat, false},
+      {"constants", kFloat, false},
   };
   static constexpr Port kOutputs[] = {{"y", kFloat, true}};
 

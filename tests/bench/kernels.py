@@ -34,6 +34,7 @@ from rich.table import Table
 
 from splitq_edge import runtime_ops
 from splitq_edge.commands.doctor import native_isa
+from splitq_edge.exporters.joined_constants import is_weight, join_constants
 from splitq_edge.exporters.nodes import DOMAIN, SplitQLinearSpec, make_node, weight_initializer
 from splitq_edge.quant.transforms import factor_pair
 from splitq_edge.splitting.plan import outlier_width
@@ -180,6 +181,10 @@ def whole_splitq(name: str, wbits: int, abits: int) -> Case:
             tensors[f"p2_{group}"] = numpy_helper.from_array(np.linalg.qr(rng(b).random((b, b)))[0].astype(np.float32))
             tensors[f"weight_{group}"] = weight_initializer("w", codes(width, n, bits), bits, True)
             tensors[f"scale_{group}"] = numpy_helper.from_array(scales(n))
+        short = {part: numpy_helper.to_array(tensor) for part, tensor in tensors.items() if not is_weight(part)}
+        spec, constants = join_constants(spec, short)
+        tensors = {part: tensor for part, tensor in tensors.items() if is_weight(part)}
+        tensors["constants"] = numpy_helper.from_array(constants)
         return spec, {part: bytes(tensor.SerializeToString()) for part, tensor in tensors.items()}
 
     def build(k: int, n: int, copy: int) -> tuple[list[onnx.NodeProto], list[TensorProto]]:

@@ -109,6 +109,7 @@ LINEAR_AXES = {
     "outlier_bits": [4, 4, 2, 3, 8],
     "correction_bits": [4, 4, 2, 3, 8],
     "bias": [False, True],
+    "joined": [False, True],
 }
 FEED_AXES = {
     "leading": [(1, 1), (2, 3), (5,), (2, 1, 3), (0,), (2, 0)],
@@ -129,7 +130,7 @@ def sample(axes: dict[str, list], count: int, seed: int) -> list[dict]:
 def case_of(spec_class: type[Spec], point: dict, exact: bool = True) -> Case:
     """The case at a point of the grid."""
     values = dict(point)
-    feed = {name: values.pop(name) for name in FEED_AXES}
+    feed = {name: values.pop(name) for name in (*FEED_AXES, "joined") if name in values}
     if "K_m" in values:
         values["group_widths"] = tuple(values.pop(name) for name in ("K_m", "K_t", "K_v"))
         values["K"] = sum(values["group_widths"])
