@@ -116,6 +116,7 @@ class _Buffers:
     values: dict[str, np.ndarray]
     filled: int = 0
     _binding: Any = field(default=None, repr=False)
+    _vocabulary: int | None = field(default=None, repr=False)
 
     @property
     def room(self) -> int:
@@ -143,9 +144,18 @@ class _Buffers:
         arrays = {name: np.ascontiguousarray(value) for name, value in feeds.items()}  # alive until the run ends
         for name, value in arrays.items():  # as places: bind_cpu_input knows no input that has a default
             self._binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-        self._binding.bind_output("logits")
+        logits = np.empty(self._logits_shape(session, feeds), np.float32)
+        self._binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         session.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[-1].numpy()  # in the order in which they were bound
+        return logits  # asking the binding for it would wrap every tensor of the cache too
+
+    def _logits_shape(self, session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> tuple[int, ...]:
+        """[batch, kept positions, vocabulary]."""
+        if self._vocabulary is None:
+            self._vocabulary = next(value.shape[-1] for value in session.get_outputs() if value.name == "logits")
+        batch, tokens = feeds["inputs_embeds"].shape[:2]
+        kept = int(feeds["logits_to_keep"][0]) if "logits_to_keep" in feeds else 0
+        return batch, min(kept, tokens) if kept else tokens, self._vocabulary
 
 
 def empty_returned(shapes: dict[str, tuple[tuple[int, ...], str]]) -> ReturnedCache:
