@@ -4,7 +4,7 @@
     python models/smolvqa-135m/same_tokens.py build/models/smolvqa-135m --compare layout --questions 20 \
         --new-tokens 64 --past-the-end
 
-Calibrates once (rounding to nearest, nothing learned). `--compare attention`: the fused and the unfused decoder hold
+Calibrates once (the scheme's recipe, nothing learned). `--compare attention`: the fused and the unfused decoder hold
 the same integers but add floats in another order, which may tip an activation's code and with it a token whose logits
 nearly tie. `--compare layout`: the flat folder in our own loop and the genai folder in onnxruntime-genai.
 `--past-the-end` forbids end tokens, so that every answer has as many tokens as asked for. Exits with 1 if one differs.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from splitq_edge.commands.export import ExportOptions, run_export
+from splitq_edge.config import LearningConfig, preset
 from splitq_edge.evaluate.tasks import load_task
 from splitq_edge.runtime_ops.genai import GenaiGenerator
 from splitq_edge.runtime_ops.generate import Generator, greedy_tokens, open_image
@@ -35,6 +37,7 @@ Answer = Callable[[dict[str, np.ndarray], int], list[int]]
 
 def export(model: str, scheme: str, work: Path, compare: str) -> dict[str, Path]:
     """Folders by form."""
+    config = None if scheme == "none" else replace(preset(scheme), learning=LearningConfig(epochs=0))
     folders = {}
     for form in FORMS[compare]:
         folders[form] = work / form
@@ -42,7 +45,6 @@ def export(model: str, scheme: str, work: Path, compare: str) -> dict[str, Path]
             model,
             folders[form],
             scheme=scheme,
-            method="rtn",
             calib_samples=SAMPLES,
             flavour="packed" if scheme != "none" else "portable",
             attention=form if compare == "attention" else None,
@@ -52,7 +54,7 @@ def export(model: str, scheme: str, work: Path, compare: str) -> dict[str, Path]
             resume=True,
             force=True,
         )
-        run_export(options, Console())
+        run_export(options, Console(), config)
     return folders
 
 
