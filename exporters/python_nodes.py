@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -90,21 +91,20 @@ def _rewritten(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], folde
             f"{node.name}: expected an initializer as {strange}, got a computed value; export the model again"
         )
     outputs = {name: value for name, value in zip(contract.outputs, node.output, strict=False) if value}
+    attributes = {attribute.name: _value(attribute) for attribute in node.attribute}
+    constants = {name: _array(name, tensors[value], folder) for name, value in named.items() if name not in computed}
+    if "constants" in constants:
+        joined = constants.pop("constants")
+        constants |= take_apart(joined, attributes["constant_sizes"], attributes.get("block_size", 0), attributes["N"])
     found = PythonNode(
         number=next(_numbers),
         name="_".join((node.op_type, *computed, "to", *outputs)),
         op_type=node.op_type,
         inputs=tuple(computed),
         outputs=tuple(outputs),
-        attributes={attribute.name: _value(attribute) for attribute in node.attribute},
-        constants={},
+        attributes=attributes,
+        constants=constants,
     )
-    for name, value in named.items():
-        if name not in computed:
-            found.constants[name] = _array(name, tensors[value], folder)
-    if "constants" in found.constants:
-        sizes, block, width = (found.attributes[name] for name in ("constant_sizes", "block_size", "N"))
-        found.constants.update(take_apart(found.constants.pop("constants"), sizes, block, width))
     rewritten = helper.make_node(
         found.name, list(computed.values()), list(outputs.values()), name=node.name, domain=PYTHON_DOMAIN
     )
@@ -113,7 +113,7 @@ def _rewritten(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], folde
     return found
 
 
-def _value(attribute: onnx.AttributeProto) -> object:
+def _value(attribute: onnx.AttributeProto) -> Any:
     value = helper.get_attribute_value(attribute)
     return value.decode() if isinstance(value, bytes) else value
 

@@ -66,7 +66,7 @@ AttentionData CachedAttentionBase::ReadInputs(const Call& call) const {
     for (int64_t b = 0; b < data.batch; ++b) {
       const int32_t length = lengths.as<int32_t>()[b];
       if (length == expected) continue;
-      name_.Fail("input '" + std::string(index == kNew ? "new_tokens" : "last_key") + "' of " +
+      name_.Fail("input '" + std::string(CachedAttentionOp<kFloat>::kInputs[index].name) + "' of " +
                      std::to_string(expected) + " in every row, as all have the same tokens",
                  std::to_string(length), kFeedAgain);
     }

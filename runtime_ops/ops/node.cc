@@ -191,7 +191,7 @@ std::vector<int32_t> Node::IntConstant(size_t index, int64_t size) const {
     float value;
     std::memcpy(&value, static_cast<const char*>(joined->data) + i * sizeof(value), sizeof(value));
     const bool whole = std::fabs(value) <= kLargestWhole && value == std::nearbyint(value);
-    values[i] = whole ? static_cast<int32_t>(value) : -1;  // what is checked next is not -1
+    values[i] = whole ? static_cast<int32_t>(value) : -1;  // no channel, for the caller to refuse
   }
   return values;
 }
