@@ -191,9 +191,53 @@ SPLITQ_INLINE void AddPart(const PanelProduct& product, const Place& place, int6
       {copy, kStep, place.block + block * Layout<bits>::kBytes, place.panel_stride, false}, sums);
 }
 
-// Rows m .. m + rows of the product, `panels` panels from panel p on.
-template <int bits, int rows, int panels>
-SPLITQ_INLINE void RunTile(const PanelProduct& product, int64_t m, int64_t p) {
+template <int rows, int panels>
+SPLITQ_INLINE void StoreSums(const PanelProduct& product, int64_t m, int64_t p,
+                             const Sums<rows, panels>& sums) {
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < panels; ++j) {
+      _mm512_storeu_si512(product.sums + ((p + j) * product.rows + m + i) * kPanel,
+                          Total(sums, i, j));
+    }
+  }
+}
+
+// Keeps GCC from carrying the value through the loop before in a second register, of another type.
+SPLITQ_INLINE void Pin(__m512i& value) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(value));
+#else
+  (void)value;
+#endif
+}
+
+template <bool add, int rows, int panels>
+SPLITQ_INLINE void StoreTerms(const PanelProduct& product, const TermsOutput& output, int64_t m,
+                              int64_t p, const Sums<rows, panels>& sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    const __m512 row_scale = _mm512_set1_ps(output.row_scale[m + i]);
+#pragma GCC unroll 3
+    for (int j = 0; j < panels; ++j) {
+      float* terms = output.terms + ((p + j) * product.rows + m + i) * kPanel;
+      const __m512 channel_scale = _mm512_loadu_ps(output.channel_scale + (p + j) * kPanel);
+      __m512i total = Total(sums, i, j);
+      Pin(total);
+      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(total), row_scale);
+      value = _mm512_mul_ps(value, channel_scale);
+      if (add) value = _mm512_add_ps(_mm512_loadu_ps(terms), value);
+      _mm512_storeu_ps(terms, value);
+    }
+  }
+}
+
+// What becomes of the sums.
+enum Result { kSums, kSet, kAdd };
+
+// Rows m .. m + rows of the product, `panels` panels from panel p on. output: null for sums.
+template <int bits, Result result, int rows, int panels>
+SPLITQ_INLINE void RunTile(const PanelProduct& product, const TermsOutput* output, int64_t m,
+                           int64_t p) {
   constexpr int64_t kStep = Layout<bits>::kStep, kBytes = Layout<bits>::kBytes;
   Place place{product.codes + m * product.codes_stride, product.codes_stride,
               product.panel + p * product.panel_stride, product.panel_stride, m == 0};
@@ -208,40 +252,46 @@ SPLITQ_INLINE void RunTile(const PanelProduct& product, int64_t m, int64_t p) {
   place.codes += block * kStep;
   place.block += block * kBytes;
   AddBlocks<bits>(place, end - block, sums);
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < panels; ++j) {
-      _mm512_storeu_si512(product.sums + ((p + j) * product.rows + m + i) * kPanel,
-                          Total(sums, i, j));
-    }
+  if constexpr (result == kSums) {
+    StoreSums(product, m, p, sums);
+  } else {
+    StoreTerms<result == kAdd>(product, *output, m, p, sums);
   }
 }
 
 // All rows of `panels` panels from panel p on.
-template <int bits, int panels>
-SPLITQ_INLINE void RunRows(const PanelProduct& product, int64_t p) {
+template <int bits, Result result, int panels>
+SPLITQ_INLINE void RunRows(const PanelProduct& product, const TermsOutput* output, int64_t p) {
   int64_t m = 0;
-  for (; m + 8 <= product.rows; m += 8) RunTile<bits, 8, panels>(product, m, p);
+  for (; m + 8 <= product.rows; m += 8) RunTile<bits, result, 8, panels>(product, output, m, p);
   if (m + 4 <= product.rows) {
-    RunTile<bits, 4, panels>(product, m, p);
+    RunTile<bits, result, 4, panels>(product, output, m, p);
     m += 4;
   }
   switch (product.rows - m) {
     case 3:
-      return RunTile<bits, 3, panels>(product, m, p);
+      return RunTile<bits, result, 3, panels>(product, output, m, p);
     case 2:
-      return RunTile<bits, 2, panels>(product, m, p);
+      return RunTile<bits, result, 2, panels>(product, output, m, p);
     case 1:
-      return RunTile<bits, 1, panels>(product, m, p);
+      return RunTile<bits, result, 1, panels>(product, output, m, p);
   }
 }
 
-template <int bits>
-SPLITQ_INLINE void Run(const PanelProduct& product) {
+template <int bits, Result result>
+SPLITQ_INLINE void Run(const PanelProduct& product, const TermsOutput* output) {
   int64_t p = 0;
   if (product.rows > 1 || product.k_end - product.k_begin <= kShort) {
-    for (; p + kPanels <= product.panels; p += kPanels) RunRows<bits, kPanels>(product, p);
+    for (; p + kPanels <= product.panels; p += kPanels)
+      RunRows<bits, result, kPanels>(product, output, p);
   }
-  for (; p < product.panels; ++p) RunRows<bits, 1>(product, p);
+  for (; p < product.panels; ++p) RunRows<bits, result, 1>(product, output, p);
+}
+
+template <int bits>
+SPLITQ_INLINE void RunTerms(const PanelProduct& product, const TermsOutput& output) {
+  if (output.add) return Run<bits, kAdd>(product, &output);
+  Run<bits, kSet>(product, &output);
 }
 
 // Scales of the 16 channels from `channel` on; those at and after `outputs` are zero.
@@ -314,10 +364,23 @@ SPLITQ_INLINE void RunBlocks(const BlockProduct& product) {
 
 }  // namespace
 
-void RunAvx512VnniBits2(const PanelProduct& product) { Run<2>(product); }
-void RunAvx512VnniBits3(const PanelProduct& product) { Run<3>(product); }
-void RunAvx512VnniBits4(const PanelProduct& product) { Run<4>(product); }
-void RunAvx512VnniBits8(const PanelProduct& product) { Run<8>(product); }
+void RunAvx512VnniBits2(const PanelProduct& product) { Run<2, kSums>(product, nullptr); }
+void RunAvx512VnniBits3(const PanelProduct& product) { Run<3, kSums>(product, nullptr); }
+void RunAvx512VnniBits4(const PanelProduct& product) { Run<4, kSums>(product, nullptr); }
+void RunAvx512VnniBits8(const PanelProduct& product) { Run<8, kSums>(product, nullptr); }
+
+void RunTermsAvx512VnniBits2(const PanelProduct& product, const TermsOutput& output) {
+  RunTerms<2>(product, output);
+}
+void RunTermsAvx512VnniBits3(const PanelProduct& product, const TermsOutput& output) {
+  RunTerms<3>(product, output);
+}
+void RunTermsAvx512VnniBits4(const PanelProduct& product, const TermsOutput& output) {
+  RunTerms<4>(product, output);
+}
+void RunTermsAvx512VnniBits8(const PanelProduct& product, const TermsOutput& output) {
+  RunTerms<8>(product, output);
+}
 
 void RunBlocksAvx512VnniBits2(const BlockProduct& product) { RunBlocks<2>(product); }
 void RunBlocksAvx512VnniBits3(const BlockProduct& product) { RunBlocks<3>(product); }

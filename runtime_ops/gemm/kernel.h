@@ -28,6 +28,15 @@ struct PanelProduct {
   int32_t* sums;  // [panels, rows, 16], dense
 };
 
+// Where a product goes as floats at once, as gemm/terms.h makes them of its sums:
+// terms[p][m][n] = (sum * row_scale[m]) * channel_scale[16 * p + n], or that added to them.
+struct TermsOutput {
+  const float* row_scale;      // [rows]
+  const float* channel_scale;  // [panels, 16]
+  bool add;
+  float* terms;  // [panels, rows, 16], dense
+};
+
 // For kernels that take one panel at a time. Internal linkage and always inlined: files of several
 // instruction sets call it.
 template <void (*run)(const PanelProduct& product)>
@@ -60,6 +69,8 @@ struct GemmKernel {
   Isa isa;           // what the processor must have
   int bits;          // of the weight
   void (*run)(const PanelProduct& product);
+  // As run, with floats instead of sums, which are not used; null: there is none.
+  void (*run_terms)(const PanelProduct& product, const TermsOutput& output) = nullptr;
   // The blocks of a weight at once, if block_size is a multiple of block_step; null: there is none.
   void (*run_blocks)(const BlockProduct& product) = nullptr;
   int64_t block_step = 0;

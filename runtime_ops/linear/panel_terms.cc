@@ -12,11 +12,19 @@ struct Range {
   int64_t k_begin, k_end, sum;
 };
 
-void Multiply(const PackedWeight& weight, PanelRange panels, const CodeRows& rows, int64_t count,
-              const Range& range, int32_t* sums) {
-  weight.kernel->run({rows.codes, rows.stride, count, rows.sums + range.sum, rows.sums_stride(),
-                      weight.panel(panels.first), weight.panel_bytes(), panels.count, range.k_begin,
-                      range.k_end, sums});
+PanelProduct ProductOf(const PackedWeight& weight, PanelRange panels, const CodeRows& rows,
+                       int64_t count, const Range& range, int32_t* sums) {
+  return {rows.codes,
+          rows.stride,
+          count,
+          rows.sums + range.sum,
+          rows.sums_stride(),
+          weight.panel(panels.first),
+          weight.panel_bytes(),
+          panels.count,
+          range.k_begin,
+          range.k_end,
+          sums};
 }
 
 // Scales of the channels of a few panels; those that do not exist have the scale 0.
@@ -44,9 +52,14 @@ class PanelScales {
 template <bool add>
 void ChannelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows,
                   int64_t count, float* terms) {
-  SumTile sums;
-  Multiply(weight, panels, rows, count, {0, weight.channels_in, 0}, sums);
   const PanelScales scales(weight, weight.scale, panels);
+  const Range all = {0, weight.channels_in, 0};
+  if (weight.kernel->run_terms != nullptr) {
+    const PanelProduct product = ProductOf(weight, panels, rows, count, all, nullptr);
+    return weight.kernel->run_terms(product, {rows.scale, scales.values(), add, terms});
+  }
+  SumTile sums;
+  weight.kernel->run(ProductOf(weight, panels, rows, count, all, sums));
   const auto run = add ? weight.terms->add : weight.terms->set;
   run({sums, rows.scale, scales.values(), count, panels.count}, terms);
 }
@@ -75,7 +88,7 @@ void AddBlocks(const PackedWeight& weight, PanelRange panel, const CodeRows& row
   int64_t block = 0;
   for (int64_t k = 0; k < weight.channels_in; k += weight.block_size, ++block) {
     const int64_t k_end = std::min(weight.channels_in - k, weight.block_size) + k;
-    Multiply(weight, panel, rows, count, {k, k_end, 1 + block}, sums);
+    weight.kernel->run(ProductOf(weight, panel, rows, count, {k, k_end, 1 + block}, sums));
     const PanelScales scales(weight, weight.scale + block * weight.channels_out, panel);
     weight.terms->add_block({sums, rows.scale, scales.values(), count, 1}, terms);
   }

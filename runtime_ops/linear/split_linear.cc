@@ -1,9 +1,12 @@
 // Two passes over tasks: row tiles to codes (and latent codes of the correction), then tiles of
 // rows x a few panels of output channels to y. A second pass starts when all codes exist, because
-// every output channel needs every input channel.
+// every output channel needs every input channel. Few rows, whose time is that of reading weights,
+// take both passes in one loop.
 #include "linear/split_linear.h"
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 
 #include "include/prefetch.h"
 #include "include/scratch.h"
@@ -23,6 +26,9 @@ constexpr int64_t kUnpackWork = 8;
 
 // So many rows wait for memory more than they compute.
 constexpr int64_t kFewRows = 4;
+
+// Panels that such rows take at once, of those of their tile.
+constexpr int64_t kPartPanels = 12;
 
 struct Buffers {
   std::array<CodeRows, kGroups> codes;
@@ -167,7 +173,7 @@ SPLITQ_PREFETCH void PrefetchExtras(const SplitLinear& layer, PanelRange panels)
 
 // y of rows [first, first + count) and the channels of a few panels, summed in the order main,
 // text, vision, correction, bias.
-void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
                 int64_t first, int64_t count, PanelRange panels) {
   PrefetchExtras(layer, panels);
   FloatTile total;
@@ -194,6 +200,54 @@ void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buf
   }
 }
 
+// A tile. Few rows take it in parts: while the short products of one are made, the main weights
+// of the next are on their way.
+void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+                const OutputRange& range) {
+  const int64_t part = data.rows <= kFewRows ? kPartPanels : range.panels.count;
+  const int64_t end = range.panels.first + range.panels.count;
+  for (int64_t panel = range.panels.first; panel < end; panel += part) {
+    OutputPart(layer, data, buffers, range.first, range.count,
+               {panel, std::min(end - panel, part)});
+  }
+}
+
+// Reads weights until the codes exist.
+void ReadUntil(const std::atomic<bool>& ready, MemoryRange range) {
+  constexpr int64_t kPiece = 1024;               // bytes between two looks
+  constexpr int64_t kMost = int64_t{768} << 10;  // bytes: less than the L2 cache holds
+  constexpr int kLooks = 10000;                  // about as long as a thread's turn
+  const char* next = static_cast<const char*>(range.data);
+  const char* end = next + std::min(range.bytes, kMost);
+  for (int looks = 0; !ready.load(std::memory_order_acquire); ++looks) {
+    const int64_t piece = std::min<int64_t>(end - next, kPiece);
+    Prefetch(next, piece);
+    next += piece;
+    if (looks >= kLooks) std::this_thread::yield();  // the other may have no processor
+  }
+}
+
+// Both passes in one loop, for rows that are one task of the first: whoever has the first tile
+// makes their codes, and every other thread reads the weights of its own tile meanwhile.
+void RunReadingAhead(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+                     PanelQueue& queue, const ParallelFor& parallel) {
+  const PackedWeight& weight = layer.weights[kMain];
+  std::atomic<int64_t> left{queue.tiles()};
+  std::atomic<bool> ready{false};
+  parallel(parallel.threads(), false, [&](int64_t) {
+    while (left.fetch_sub(1, std::memory_order_relaxed) > 0) {
+      const OutputRange range = queue.Next();
+      if (range.panels.first == 0) {
+        PrepareTile(layer, data, buffers, 0);
+        ready.store(true, std::memory_order_release);
+      }
+      ReadUntil(ready,
+                {weight.panel(range.panels.first), range.panels.count * weight.panel_bytes()});
+      OutputTile(layer, data, buffers, range);
+    }
+  });
+}
+
 }  // namespace
 
 int64_t ScratchBytes(const SplitLinear& layer, int64_t rows) {
@@ -212,12 +266,14 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
     PrefetchShort(layer);
     PrefetchExtras(layer, {0, std::min(layer.weights[kMain].panels(), TilePanels(data.rows))});
   }
-  parallel(CeilDiv(data.rows, PrepareRows(data.rows)), serial,
-           [&](int64_t tile) { PrepareTile(layer, data, buffers, tile); });
-  PanelQueue queue(data.rows, layer.weights[kMain].panels(), serial ? 1 : parallel.threads());
+  const int64_t tiles = CeilDiv(data.rows, PrepareRows(data.rows));
+  const int64_t threads = serial ? 1 : parallel.threads();
+  PanelQueue queue(data.rows, layer.weights[kMain].panels(), threads);
+  if (tiles == 1 && threads > 1) return RunReadingAhead(layer, data, buffers, queue, parallel);
+  parallel(tiles, serial, [&](int64_t tile) { PrepareTile(layer, data, buffers, tile); });
   parallel(queue.tiles(), serial, [&](int64_t) {
     const OutputRange range = queue.Next();
-    OutputTile(layer, data, buffers, range.first, range.count, range.panels);
+    OutputTile(layer, data, buffers, range);
   });
 }
 

@@ -31,22 +31,30 @@ static __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* values) {
 #endif
 
 #define RunAvx512VnniBits2 RunEmulatedBits2
+#define RunTermsAvx512VnniBits2 RunTermsEmulatedBits2
 #define RunBlocksAvx512VnniBits2 RunBlocksEmulatedBits2
 #define RunAvx512VnniBits3 RunEmulatedBits3
+#define RunTermsAvx512VnniBits3 RunTermsEmulatedBits3
 #define RunBlocksAvx512VnniBits3 RunBlocksEmulatedBits3
 #define RunAvx512VnniBits4 RunEmulatedBits4
+#define RunTermsAvx512VnniBits4 RunTermsEmulatedBits4
 #define RunBlocksAvx512VnniBits4 RunBlocksEmulatedBits4
 #define RunAvx512VnniBits8 RunEmulatedBits8
+#define RunTermsAvx512VnniBits8 RunTermsEmulatedBits8
 #define RunBlocksAvx512VnniBits8 RunBlocksEmulatedBits8
 #include "gemm/avx512vnni.cc"
 
 namespace splitq::test {
 
 constexpr GemmKernel kKernels[] = {
-    {"qd8_qc2w_8x48c4_emulated", Isa::kAvx512Vnni, 2, RunEmulatedBits2, RunBlocksEmulatedBits2, 16},
-    {"qd8_qc3w_8x48c4_emulated", Isa::kAvx512Vnni, 3, RunEmulatedBits3, RunBlocksEmulatedBits3, 32},
-    {"qd8_qc4w_8x48c4_emulated", Isa::kAvx512Vnni, 4, RunEmulatedBits4, RunBlocksEmulatedBits4, 16},
-    {"qd8_qc8w_8x48c4_emulated", Isa::kAvx512Vnni, 8, RunEmulatedBits8, RunBlocksEmulatedBits8, 16},
+    {"qd8_qc2w_8x48c4_emulated", Isa::kAvx512Vnni, 2, RunEmulatedBits2, RunTermsEmulatedBits2,
+     RunBlocksEmulatedBits2, 16},
+    {"qd8_qc3w_8x48c4_emulated", Isa::kAvx512Vnni, 3, RunEmulatedBits3, RunTermsEmulatedBits3,
+     RunBlocksEmulatedBits3, 32},
+    {"qd8_qc4w_8x48c4_emulated", Isa::kAvx512Vnni, 4, RunEmulatedBits4, RunTermsEmulatedBits4,
+     RunBlocksEmulatedBits4, 16},
+    {"qd8_qc8w_8x48c4_emulated", Isa::kAvx512Vnni, 8, RunEmulatedBits8, RunTermsEmulatedBits8,
+     RunBlocksEmulatedBits8, 16},
 };
 
 List<GemmKernel> EmulatedKernels() { return {kKernels, std::size(kKernels)}; }

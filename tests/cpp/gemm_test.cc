@@ -101,6 +101,36 @@ void TestBlocks(const GemmKernel& kernel, const Layer& layer, std::mt19937& rand
                static_cast<int>(layer.block), static_cast<int>(layer.outputs));
 }
 
+// run_terms against float operations on the sums of `run`, to the bit.
+bool SameTerms(const GemmKernel& kernel, const PanelProduct& product, std::mt19937& random) {
+  const int64_t size = product.panels * product.rows * kPanel;
+  GuardedArray<float> row_scale(product.rows), channel_scale(product.panels * kPanel), terms(size);
+  for (int64_t m = 0; m < product.rows; ++m) {
+    row_scale[m] = static_cast<float>(Draw(random, 1, 100000)) / 7919.0f;
+  }
+  for (int64_t n = 0; n < product.panels * kPanel; ++n) {
+    channel_scale[n] = static_cast<float>(Draw(random, 0, 100000)) / 6101.0f;
+  }
+  bool same = true;
+  for (const bool add : {false, true}) {
+    std::vector<float> before(static_cast<size_t>(size));
+    for (int64_t i = 0; i < size; ++i) {
+      terms[i] = before[static_cast<size_t>(i)] = static_cast<float>(Draw(random, -9999, 9999));
+    }
+    kernel.run_terms(product, {row_scale.data(), channel_scale.data(), add, terms.data()});
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t m = i / kPanel % product.rows;
+      const int64_t n = i / (kPanel * product.rows) * kPanel + i % kPanel;
+      volatile float expected = static_cast<float>(product.sums[i]);  // rounded after every step
+      expected = expected * row_scale[m];
+      expected = expected * channel_scale[n];
+      if (add) expected = before[static_cast<size_t>(i)] + expected;
+      same = same && terms[i] == expected;
+    }
+  }
+  return same && terms.Intact() && row_scale.Intact() && channel_scale.Intact();
+}
+
 void TestShape(const GemmKernel& kernel, const Shape& shape, std::mt19937& random, Report& report) {
   const int half = 1 << (kernel.bits - 1);
   const int64_t outputs = shape.panels * kPanel;
@@ -130,9 +160,12 @@ void TestShape(const GemmKernel& kernel, const Shape& shape, std::mt19937& rando
       sum = 0;
       for (int64_t k = range.begin; k < range.end; ++k) sum += codes[m * stride + k];
     }
-    kernel.run({codes.data(), stride, shape.rows, code_sums.data(), kSumsStride, panels.data(),
-                panel_bytes, shape.panels, range.begin, range.end, sums.data()});
+    const PanelProduct product = {codes.data(), stride,        shape.rows,  code_sums.data(),
+                                  kSumsStride,  panels.data(), panel_bytes, shape.panels,
+                                  range.begin,  range.end,     sums.data()};
+    kernel.run(product);
     bool same = sums.Intact();
+    if (kernel.run_terms != nullptr) same = SameTerms(kernel, product, random) && same;
     for (int64_t i = 0; i < shape.rows * outputs; ++i) {
       const int64_t m = i / kPanel % shape.rows;
       const int64_t n = i / (kPanel * shape.rows) * kPanel + i % kPanel;

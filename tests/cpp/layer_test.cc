@@ -145,6 +145,7 @@ void TestLayers(Isa isa, Report& report) {
            Sizes{640, 16, 16, 77, 17, 32, 3, 4, true},
            Sizes{640, 0, 16, 77, 130, 48, 2, 2, false},
            Sizes{333, 3, 5, 33, 9, 64, 8, 8, true},
+           Sizes{560, 8, 8, 1700, 1, 0, 4, 8, true},
        }) {
     layers.push_back(std::make_unique<TestLayer>(sizes, random));
     const std::vector<float> expected = layers.back()->Run(Isa::kScalar, serial);
