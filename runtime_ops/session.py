@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from splitq_edge import runtime_ops
 from splitq_edge.artifacts import read_export
 from splitq_edge.errors import ArtifactError, SplitQError
 from splitq_edge.image_layout import ImageLayout
-from splitq_edge.runtime_ops.cache import Cache, empty_buffers, empty_returned
+from splitq_edge.runtime_ops.cache import BufferCache, Cache, empty_buffers, empty_returned
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("vision_encoder", "embed_tokens", "decoder")
 FUSED_SINCE = (1, 32)  # onnxruntime whose GroupQueryAttention knows query_seqlens
 ERROR_SEVERITY = 3  # ONNX Runtime's own log level: errors only
+PIECE = 512  # tokens of a prompt that are read at once: they take up memory together
 
 
 class ExportedModel:
@@ -269,11 +271,34 @@ class ExportedModel:
         trims = bool(self.manifest.get("logits_to_keep"))
         if trims:
             feeds["logits_to_keep"] = np.array([logits_to_keep], np.int64)
-        session = self.session("decoder")
+        session, grown = self.session("decoder"), cache
         with _failures("decoder"):
-            logits, grown = cache.step(session, feeds)
+            for piece in self._pieces(feeds, cache, logits_to_keep):
+                logits, grown = grown.step(session, piece)
         grown.shift = shift
         return (logits if trims else logits[:, -logits_to_keep:]), grown
+
+    def _pieces(self, feeds: dict[str, Any], cache: Cache, kept: int) -> Iterator[dict[str, Any]]:
+        """Inputs of the decoder's runs one after the other: of about equal length where a prompt may be read in pieces.
+
+        It may be where the cache is written in place, no token sees a later one, and all logits that are wanted are
+        those of the last piece.
+        """
+        tokens = feeds["inputs_embeds"].shape[1]
+        count = max(1, -(-tokens // PIECE))
+        if not isinstance(cache, BufferCache) or "prompt" in feeds or not 0 < kept <= tokens // count:
+            yield feeds
+            return
+        bounds = [tokens * index // count for index in range(count + 1)]
+        for begin, end in pairwise(bounds):
+            piece = {**feeds, "attention_mask": feeds["attention_mask"][:, : cache.length + end]}
+            for name in ("inputs_embeds", "modality"):
+                if name in feeds:
+                    piece[name] = feeds[name][:, begin:end]
+            piece["position_ids"] = feeds["position_ids"][..., begin:end]
+            if end < tokens and "logits_to_keep" in feeds:
+                piece["logits_to_keep"] = np.ones(1, np.int64)
+            yield piece
 
     def _check_length(self, tokens: int) -> None:
         """The fused attention has a table of positions; standard ops go on beyond what the model was trained for."""

@@ -60,6 +60,12 @@ def prompts() -> tuple[np.ndarray, np.ndarray]:
     return ids.numpy(), mask.numpy()
 
 
+def sqnr(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Decibels."""
+    noise = ((got - wanted) ** 2).sum() / (wanted**2).sum()
+    return np.inf if noise == 0 else float(-10 * np.log10(noise))
+
+
 def test_fused_graphs_hold_one_attention_a_layer_and_no_loose_arithmetic(folders: dict[str, Path]) -> None:
     fused, standard = (onnx.load(str(folders[kind] / "decoder.onnx"), load_external_data=False) for kind in folders)
     kinds = [node.op_type for node in fused.graph.node]
@@ -92,6 +98,38 @@ def test_last_logits_are_those_of_all(models: dict[str, ExportedModel]) -> None:
         np.testing.assert_allclose(last, every[:, -2:], rtol=1e-4, atol=1e-4)
 
 
+def test_a_prompt_read_in_pieces_says_the_same(
+    models: dict[str, ExportedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = (array[-3:] for array in prompts())
+    model, runs = models["fused"], []
+    step = BufferCache.step
+
+    def counted(cache: BufferCache, session: object, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, BufferCache]:
+        runs.append(feeds["inputs_embeds"].shape[1])
+        return step(cache, session, feeds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BufferCache, "step", counted)
+    embeds, modality = model.embed(ids, model.encode_images(None))
+    whole, whole_cache = model.decode(embeds, modality, mask, model.empty_cache(3), logits_to_keep=2)
+    monkeypatch.setattr("splitq_edge.runtime_ops.session.PIECE", LONGEST // 2 - 1)
+    pieces, pieces_cache = model.decode(embeds, modality, mask, model.empty_cache(3), logits_to_keep=2)
+    assert runs == [LONGEST, *(LONGEST * (i + 1) // 3 - LONGEST * i // 3 for i in range(3))]
+    assert pieces.shape == whole.shape
+    assert pieces_cache.length == LONGEST
+    least = TIE_DB if model.manifest["scheme"] == "none" else 20
+    assert sqnr(pieces, whole) > least
+    more, longer = embeds[:, :1], np.concatenate([mask, np.ones((3, 1), np.int64)], 1)
+    said = [
+        model.decode(more, modality[:, :1], longer, cache, logits_to_keep=1)[0] for cache in (whole_cache, pieces_cache)
+    ]
+    assert sqnr(*said) > least
+    runs.clear()
+    every, _ = model.decode(embeds, modality, mask, model.empty_cache(3))
+    assert runs == [LONGEST]  # all logits: in one
+    assert every.shape[1] == LONGEST
+
+
 def test_a_cache_may_be_gone_on_from_twice_and_grows(models: dict[str, ExportedModel]) -> None:
     ids, mask = (array[-2:] for array in prompts())
     whole = np.concatenate([mask, np.ones((2, 40), np.int64)], 1)
@@ -110,8 +148,7 @@ def test_a_cache_may_be_gone_on_from_twice_and_grows(models: dict[str, ExportedM
         embeds, modality = model.embed(more[0][[1, 0, 1]], none)
         logits[attention].append(model.decode(embeds, modality, whole[[1, 0, 1]], taken)[0])
     for fused, standard in zip(logits["fused"], logits["standard"], strict=True):
-        noise = ((fused - standard) ** 2).sum() / (standard**2).sum()
-        assert -10 * np.log10(noise) > (TIE_DB if models["fused"].manifest["scheme"] == "none" else 20)
+        assert sqnr(fused, standard) > (TIE_DB if models["fused"].manifest["scheme"] == "none" else 20)
     np.testing.assert_allclose(logits["fused"][2][1], logits["fused"][0][0], rtol=1e-2, atol=1e-2)
 
 
