@@ -11,7 +11,7 @@ struct MemoryRange {
 };
 
 struct ReadAhead {
-  MemoryRange now, then;
+  MemoryRange now, next, last;
 };
 
 }  // namespace splitq

@@ -69,16 +69,17 @@ ReadAhead ReadAheadOf(const SplitLinear& layer, const SplitLinearRows& data, int
   if (m + 1 < data.rows) {
     const int64_t channels = layer.activation.gather.channels;
     const auto row_bytes = channels * static_cast<int64_t>(sizeof(float));
-    return {{data.x + (m + 1) * channels, row_bytes}, {}};
+    return {{data.x + (m + 1) * channels, row_bytes}, {}, {}};
   }
   MemoryRange main = RangeOf(layer.weights[kMain]);
   main.bytes = std::min(main.bytes, kMost);
-  return layer.corrected ? ReadAhead{RangeOf(layer.correction.u), main} : ReadAhead{main, {}};
+  if (layer.corrected) return {RangeOf(layer.correction.u), main, {}};
+  return {main, {}, {}};
 }
 
-// The first bytes of an array, if there is one; the processor foresees the rest.
+// The first bytes of an array, if there is one: as much as the L1 cache holds.
 SPLITQ_PREFETCH void PrefetchFirst(const void* data, int64_t bytes) {
-  constexpr int64_t kMost = int64_t{4} << 10;
+  constexpr int64_t kMost = int64_t{32} << 10;
   if (data != nullptr) Prefetch(data, bytes < kMost ? bytes : kMost);
 }
 
@@ -136,12 +137,16 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
   return mac;
 }
 
+// The codes of a task of the first pass, then, if the layer is corrected, the latent codes.
+// coded(): called in between.
+template <typename Coded>
 void PrepareTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                 int64_t tile) {
+                 int64_t tile, const Coded& coded) {
   const int64_t first = tile * PrepareRows(data.rows);
   const int64_t count = std::min(data.rows - first, PrepareRows(data.rows));
   float* floats = buffers.floats + tile * buffers.task_floats;
   const MacRows mac = PrepareCodes(layer, data, buffers, first, count, floats);
+  coded();
   if (!layer.corrected) return;
   const CodeRows latent = buffers.latent.from(first);
   QuantizeLatent(layer.correction, buffers.codes[kMain].from(first), mac, count, floats, latent);
@@ -172,9 +177,10 @@ SPLITQ_PREFETCH void PrefetchExtras(const SplitLinear& layer, PanelRange panels)
 }
 
 // y of rows [first, first + count) and the channels of a few panels, summed in the order main,
-// text, vision, correction, bias.
+// text, vision, correction, bias. wait_latent(): returns when there are latent codes.
+template <typename WaitLatent>
 void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                int64_t first, int64_t count, PanelRange panels) {
+                int64_t first, int64_t count, PanelRange panels, const WaitLatent& wait_latent) {
   PrefetchExtras(layer, panels);
   FloatTile total;
   PanelTerms(layer.weights[kMain], panels, buffers.codes[kMain].from(first), count, total);
@@ -183,6 +189,7 @@ void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buf
     AddPanelTerms(layer.weights[g], panels, buffers.codes[g].from(first), count, total);
   }
   if (layer.corrected) {
+    wait_latent();
     AddPanelTerms(layer.correction.v, panels, buffers.latent.from(first), count, total);
   }
   const int64_t outputs = layer.channels_out();
@@ -202,30 +209,40 @@ void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buf
 
 // A tile. Few rows take it in parts: while the short products of one are made, the main weights
 // of the next are on their way.
+template <typename WaitLatent>
 void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                const OutputRange& range) {
+                const OutputRange& range, const WaitLatent& wait_latent) {
   const int64_t part = data.rows <= kFewRows ? kPartPanels : range.panels.count;
   const int64_t end = range.panels.first + range.panels.count;
   for (int64_t panel = range.panels.first; panel < end; panel += part) {
-    OutputPart(layer, data, buffers, range.first, range.count,
-               {panel, std::min(end - panel, part)});
+    OutputPart(layer, data, buffers, range.first, range.count, {panel, std::min(end - panel, part)},
+               wait_latent);
   }
 }
 
-// Reads weights until the codes exist.
-void ReadUntil(const std::atomic<bool>& ready, MemoryRange range) {
-  constexpr int64_t kPiece = 1024;               // bytes between two looks
-  constexpr int64_t kMost = int64_t{768} << 10;  // bytes: less than the L2 cache holds
-  constexpr int kLooks = 10000;                  // about as long as a thread's turn
-  const char* next = static_cast<const char*>(range.data);
-  const char* end = next + std::min(range.bytes, kMost);
-  for (int looks = 0; !ready.load(std::memory_order_acquire); ++looks) {
-    const int64_t piece = std::min<int64_t>(end - next, kPiece);
-    Prefetch(next, piece);
-    next += piece;
-    if (looks >= kLooks) std::this_thread::yield();  // the other may have no processor
+// Something that one thread makes and others wait for.
+class Ready {
+ public:
+  void Set() { set_.store(true, std::memory_order_release); }
+
+  // Reads memory that will be needed meanwhile.
+  void Wait(MemoryRange range) const {
+    constexpr int64_t kPiece = 1024;               // bytes between two looks
+    constexpr int64_t kMost = int64_t{768} << 10;  // bytes: less than the L2 cache holds
+    constexpr int kLooks = 10000;                  // about as long as a thread's turn
+    const char* next = static_cast<const char*>(range.data);
+    const char* end = next + std::min(range.bytes, kMost);
+    for (int looks = 0; !set_.load(std::memory_order_acquire); ++looks) {
+      const int64_t piece = std::min<int64_t>(end - next, kPiece);
+      Prefetch(next, piece);
+      next += piece;
+      if (looks >= kLooks) std::this_thread::yield();  // the other may have no processor
+    }
   }
-}
+
+ private:
+  std::atomic<bool> set_{false};
+};
 
 // Both passes in one loop, for rows that are one task of the first: whoever has the first tile
 // makes their codes, and every other thread reads the weights of its own tile meanwhile.
@@ -233,17 +250,16 @@ void RunReadingAhead(const SplitLinear& layer, const SplitLinearRows& data, cons
                      PanelQueue& queue, const ParallelFor& parallel) {
   const PackedWeight& weight = layer.weights[kMain];
   std::atomic<int64_t> left{queue.tiles()};
-  std::atomic<bool> ready{false};
+  Ready codes, latent;
   parallel(parallel.threads(), false, [&](int64_t) {
     while (left.fetch_sub(1, std::memory_order_relaxed) > 0) {
       const OutputRange range = queue.Next();
       if (range.panels.first == 0) {
-        PrepareTile(layer, data, buffers, 0);
-        ready.store(true, std::memory_order_release);
+        PrepareTile(layer, data, buffers, 0, [&] { codes.Set(); });
+        latent.Set();
       }
-      ReadUntil(ready,
-                {weight.panel(range.panels.first), range.panels.count * weight.panel_bytes()});
-      OutputTile(layer, data, buffers, range);
+      codes.Wait({weight.panel(range.panels.first), range.panels.count * weight.panel_bytes()});
+      OutputTile(layer, data, buffers, range, [&] { latent.Wait({}); });
     }
   });
 }
@@ -270,11 +286,9 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
   const int64_t threads = serial ? 1 : parallel.threads();
   PanelQueue queue(data.rows, layer.weights[kMain].panels(), threads);
   if (tiles == 1 && threads > 1) return RunReadingAhead(layer, data, buffers, queue, parallel);
-  parallel(tiles, serial, [&](int64_t tile) { PrepareTile(layer, data, buffers, tile); });
-  parallel(queue.tiles(), serial, [&](int64_t) {
-    const OutputRange range = queue.Next();
-    OutputTile(layer, data, buffers, range);
-  });
+  parallel(tiles, serial, [&](int64_t tile) { PrepareTile(layer, data, buffers, tile, [] {}); });
+  parallel(queue.tiles(), serial,
+           [&](int64_t) { OutputTile(layer, data, buffers, queue.Next(), [] {}); });
 }
 
 }  // namespace splitq

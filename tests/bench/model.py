@@ -31,6 +31,7 @@ from rich.table import Table
 
 SCHEMES = ("fp32", "W8A8", "W4A8", "W4A4", "W3A3", "W3A2", "W4A8 plain", "W3A3 plain", "W4A8 float16 cache")
 EXTRAS = ("W4A8 no transform", "W4A8 no split", "W4A8 no CWS, MAC")
+LOADS = 3
 ENGINE_SCRIPT = Path(__file__).with_name("model_engines.py")
 
 
@@ -45,7 +46,7 @@ class Contender:
         path: its model.
         seconds: by prompt tokens, of the prompt and of one step, a round.
         process: while it runs.
-        load_s: seconds to load.
+        load_s: seconds to load, the median of `LOADS` starts.
         peak_rss_mb: of its process.
         longest: tokens of the longest prompt with its steps.
     """
@@ -61,10 +62,17 @@ class Contender:
     longest: int = 0
 
     def start(self, threads: int) -> None:
-        """Load the model."""
+        """Load the model, several times."""
+        seconds = [self._load(threads)]
+        while len(seconds) < LOADS:
+            self.stop()
+            seconds.append(self._load(threads))
+        self.load_s = statistics.median(seconds)
+
+    def _load(self, threads: int) -> float:
         command = [sys.executable, str(ENGINE_SCRIPT), self.kind, str(self.path), "--threads", str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.load_s = self._answer()["load_s"]
+        return self._answer()["load_s"]
 
     def time(self, tokens: int, steps: int, *, keep: bool) -> None:
         """One prompt and the steps behind it."""
