@@ -281,12 +281,12 @@ class ExportedModel:
     def _pieces(self, feeds: dict[str, Any], cache: Cache, kept: int) -> Iterator[dict[str, Any]]:
         """Inputs of the decoder's runs one after the other: of about equal length where a prompt may be read in pieces.
 
-        It may be where the cache is written in place, no token sees a later one, and all logits that are wanted are
-        those of the last piece.
+        It may be where all logits that are wanted are those of the last piece, and the cache is written in place: such
+        an attention is causal (exporters/passes/fuse_attention.py), no token sees one of a later piece.
         """
         tokens = feeds["inputs_embeds"].shape[1]
         count = max(1, -(-tokens // PIECE))
-        if not isinstance(cache, BufferCache) or "prompt" in feeds or not 0 < kept <= tokens // count:
+        if not isinstance(cache, BufferCache) or not 0 < kept <= tokens // count:
             yield feeds
             return
         bounds = [tokens * index // count for index in range(count + 1)]
