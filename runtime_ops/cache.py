@@ -37,6 +37,9 @@ class Cache(Protocol):
             rows: [batch] integers; a row may be taken more than once.
         """
 
+    def with_room(self, length: int) -> Cache:
+        """This cache, or one that need not grow before it holds so many tokens."""
+
     def step(self, session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, Cache]:
         """Run the decoder.
 
@@ -71,6 +74,10 @@ class ReturnedCache:
         """See `Cache.take`."""
         return ReturnedCache({name: value[rows] for name, value in self.values.items()}, _rows(self.shift, rows))
 
+    def with_room(self, length: int) -> ReturnedCache:
+        """See `Cache.with_room`."""
+        return self
+
     def step(self, session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, ReturnedCache]:
         """See `Cache.step`."""
         names = [output.name for output in session.get_outputs()]
@@ -94,6 +101,12 @@ class BufferCache:
         """See `Cache.take`."""
         room = self.length + LEAST_ROOM
         return BufferCache(self.buffers.copied(self.length, room, rows), self.length, _rows(self.shift, rows))
+
+    def with_room(self, length: int) -> BufferCache:
+        """See `Cache.with_room`."""
+        if length <= self.buffers.room:
+            return self
+        return BufferCache(self.buffers.copied(self.length, length + LEAST_ROOM), self.length, self.shift)
 
     def step(self, session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, BufferCache]:
         """See `Cache.step`."""

@@ -271,25 +271,27 @@ class ExportedModel:
         trims = bool(self.manifest.get("logits_to_keep"))
         if trims:
             feeds["logits_to_keep"] = np.array([logits_to_keep], np.int64)
-        session, grown = self.session("decoder"), cache
+        session, pieces = self.session("decoder"), self._pieces(feeds, cache, logits_to_keep)
+        grown = cache.with_room(attention_mask.shape[1]) if len(pieces) > 1 else cache
         with _failures("decoder"):
-            for piece in self._pieces(feeds, cache, logits_to_keep):
+            for piece in pieces:
                 logits, grown = grown.step(session, piece)
         grown.shift = shift
         return (logits if trims else logits[:, -logits_to_keep:]), grown
 
-    def _pieces(self, feeds: dict[str, Any], cache: Cache, kept: int) -> Iterator[dict[str, Any]]:
+    def _pieces(self, feeds: dict[str, Any], cache: Cache, kept: int) -> list[dict[str, Any]]:
         """Inputs of the decoder's runs one after the other: of about equal length where a prompt may be read in pieces.
 
-        It may be where all logits that are wanted are those of the last piece, and the cache is written in place: such
-        an attention is causal (exporters/passes/fuse_attention.py), no token sees one of a later piece.
+        It may be where all logits that are wanted are those of the last piece and a token sees the same in pieces: in a
+        fused attention, which is causal (exporters/passes/fuse_attention.py), with a cache that rounds nothing.
         """
         tokens = feeds["inputs_embeds"].shape[1]
         count = max(1, -(-tokens // PIECE))
-        if not isinstance(cache, BufferCache) or not 0 < kept <= tokens // count:
-            yield feeds
-            return
+        exact = isinstance(cache, BufferCache) and self.manifest["cache"]["dtype"] == "float32"
+        if not exact or not 0 < kept <= tokens // count:
+            return [feeds]
         bounds = [tokens * index // count for index in range(count + 1)]
+        pieces = []
         for begin, end in pairwise(bounds):
             piece = {**feeds, "attention_mask": feeds["attention_mask"][:, : cache.length + end]}
             for name in ("inputs_embeds", "modality"):
@@ -298,7 +300,8 @@ class ExportedModel:
             piece["position_ids"] = feeds["position_ids"][..., begin:end]
             if end < tokens and "logits_to_keep" in feeds:
                 piece["logits_to_keep"] = np.ones(1, np.int64)
-            yield piece
+            pieces.append(piece)
+        return pieces
 
     def _check_length(self, tokens: int) -> None:
         """The fused attention has a table of positions; standard ops go on beyond what the model was trained for."""

@@ -32,7 +32,7 @@ struct PanelProduct {
 // terms[p][m][n] = (sum * row_scale[m]) * channel_scale[16 * p + n], or that added to them.
 struct TermsOutput {
   const float* row_scale;      // [rows]
-  const float* channel_scale;  // [panels, 16]
+  const float* channel_scale;  // [panels, 16], zeros after the channels that exist
   bool add;
   float* terms;  // [panels, rows, 16], dense
 };

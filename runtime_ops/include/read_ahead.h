@@ -11,7 +11,7 @@ struct MemoryRange {
 };
 
 struct ReadAhead {
-  MemoryRange now, next, last;
+  MemoryRange now, then;
 };
 
 }  // namespace splitq

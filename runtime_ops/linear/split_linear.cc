@@ -1,13 +1,14 @@
 // Two passes over tasks: row tiles to codes (and latent codes of the correction), then tiles of
 // rows x a few panels of output channels to y. A second pass starts when all codes exist, because
-// every output channel needs every input channel. Few rows, whose time is that of reading weights,
-// take both passes in one loop.
+// every output channel needs every input channel. Rows that are one task of the first take both
+// passes in one loop if there are several threads: while one makes codes, the others read weights.
 #include "linear/split_linear.h"
 
 #include <algorithm>
 #include <atomic>
 #include <thread>
 
+#include "include/pause.h"
 #include "include/prefetch.h"
 #include "include/scratch.h"
 #include "linear/panel_queue.h"
@@ -27,7 +28,7 @@ constexpr int64_t kUnpackWork = 8;
 // So many rows wait for memory more than they compute.
 constexpr int64_t kFewRows = 4;
 
-// Panels that such rows take at once, of those of their tile.
+// Such rows take the panels of a tile in parts of so many.
 constexpr int64_t kPartPanels = 12;
 
 struct Buffers {
@@ -69,15 +70,14 @@ ReadAhead ReadAheadOf(const SplitLinear& layer, const SplitLinearRows& data, int
   if (m + 1 < data.rows) {
     const int64_t channels = layer.activation.gather.channels;
     const auto row_bytes = channels * static_cast<int64_t>(sizeof(float));
-    return {{data.x + (m + 1) * channels, row_bytes}, {}, {}};
+    return {{data.x + (m + 1) * channels, row_bytes}, {}};
   }
   MemoryRange main = RangeOf(layer.weights[kMain]);
   main.bytes = std::min(main.bytes, kMost);
-  if (layer.corrected) return {RangeOf(layer.correction.u), main, {}};
-  return {main, {}, {}};
+  return layer.corrected ? ReadAhead{RangeOf(layer.correction.u), main} : ReadAhead{main, {}};
 }
 
-// The first bytes of an array, if there is one: as much as the L1 cache holds.
+// The first bytes of an array, if there is one: all of it, but for the widest layers.
 SPLITQ_PREFETCH void PrefetchFirst(const void* data, int64_t bytes) {
   constexpr int64_t kMost = int64_t{32} << 10;
   if (data != nullptr) Prefetch(data, bytes < kMost ? bytes : kMost);
@@ -225,17 +225,18 @@ class Ready {
  public:
   void Set() { set_.store(true, std::memory_order_release); }
 
-  // Reads memory that will be needed meanwhile.
+  // Meanwhile reads memory that will be needed.
   void Wait(MemoryRange range) const {
     constexpr int64_t kPiece = 1024;               // bytes between two looks
-    constexpr int64_t kMost = int64_t{768} << 10;  // bytes: less than the L2 cache holds
-    constexpr int kLooks = 10000;                  // about as long as a thread's turn
+    constexpr int64_t kMost = int64_t{768} << 10;  // bytes, for an L2 cache of 1 MiB
+    constexpr int kLooks = 10000;                  // before the processor is left to others
     const char* next = static_cast<const char*>(range.data);
     const char* end = next + std::min(range.bytes, kMost);
     for (int looks = 0; !set_.load(std::memory_order_acquire); ++looks) {
       const int64_t piece = std::min<int64_t>(end - next, kPiece);
       Prefetch(next, piece);
       next += piece;
+      if (piece == 0) Pause();
       if (looks >= kLooks) std::this_thread::yield();  // the other may have no processor
     }
   }
@@ -251,7 +252,7 @@ void RunReadingAhead(const SplitLinear& layer, const SplitLinearRows& data, cons
   const PackedWeight& weight = layer.weights[kMain];
   std::atomic<int64_t> left{queue.tiles()};
   Ready codes, latent;
-  parallel(parallel.threads(), false, [&](int64_t) {
+  parallel(std::min(parallel.threads(), queue.tiles()), false, [&](int64_t) {
     while (left.fetch_sub(1, std::memory_order_relaxed) > 0) {
       const OutputRange range = queue.Next();
       if (range.panels.first == 0) {

@@ -67,7 +67,7 @@ SPLITQ_INLINE void ProductTile(const MatrixProduct& p, int64_t i, int64_t j) {
     if (ahead.bytes > 0) {
       p.ahead->now = ahead;
     } else {
-      *p.ahead = {p.ahead->next, p.ahead->last, {}};
+      *p.ahead = {p.ahead->then, {}};
     }
   }
   float* out = p.out + i * p.columns + j;

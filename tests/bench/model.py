@@ -204,7 +204,7 @@ def main(
         options["target"].parent.mkdir(parents=True, exist_ok=True)
         options["target"].write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
         Console(width=160).print(shown(rows))
-        Console(width=140).print(goal_table(rows))
+        Console(width=140).print(goal_table([rows]))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Ratios out of the rows of model.py: ours over the others', what SplitQ's extras cost, loading, memory.
 
-python tests/bench/model_goals.py build/bench/model.json
+python tests/bench/model_goals.py build/bench/model.json [another run's file ...]
+
+Of several runs: the median and, where they differ by more than 0.02, the range.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +70,37 @@ def _ratios(here: dict[tuple[str, str], Row]) -> Iterator[tuple[str, float]]:
         yield f"memory: W4A8 / (1.15 file + cache + {SPARE_MB} MB)", full["peak_rss_mb"] / allowed
 
 
-def goal_table(rows: list[Row]) -> Table:
+def over_runs(runs: Sequence[list[Row]]) -> Iterator[tuple[str, str, list[float]]]:
+    """As `goals`, with a ratio a run, in the order of the first."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for rows in runs:
+        for label, name, value in goals(rows):
+            found.setdefault((label, name), []).append(value)
+    for (label, name), values in found.items():
+        yield label, name, values
+
+
+def as_text(values: list[float]) -> str:
+    """The median, and the range if it is more than rounding."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})" if high - low > 0.02 else f"{middle:.2f}"
+
+
+def goal_table(runs: Sequence[list[Row]]) -> Table:
     """The ratios as a table."""
     table = Table(box=None)
     for name in ("", "ratio", "value"):
         table.add_column(name, justify="right" if name == "value" else "left", no_wrap=True)
-    for label, name, value in goals(rows):
-        table.add_row(label, name, f"{value:.2f}")
+    for label, name, values in over_runs(runs):
+        table.add_row(label, name, as_text(values))
     return table
 
 
 @click.command(help=__doc__)
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
-def main(path: Path) -> None:
-    """Print the ratios of a file of rows."""
-    Console(width=140).print(goal_table(json.loads(path.read_text(encoding="utf-8"))))
+@click.argument("paths", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
+def main(paths: tuple[Path, ...]) -> None:
+    """Print the ratios of files of rows, a run of the same engines each."""
+    Console(width=140).print(goal_table([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ def main(out: Path, prompt_tokens: int, steps: int, threads: int, native: bool) 
     events = profile(out, prompt_tokens, steps, threads, native)
     runs = sorted((event for event in events if event["name"] == "model_run"), key=lambda event: event["ts"])
     console = Console(width=100)
-    prompt, single = runs[0], runs[1:]
-    for title, part in ((f"prompt of {prompt_tokens} tokens", [prompt]), ("one step", single)):
+    prompt, single = runs[:-steps], runs[-steps:]  # a long prompt is read in several runs
+    for title, part, count in ((f"prompt of {prompt_tokens} tokens", prompt, 1), ("one step", single, steps)):
         begin, end = part[0]["ts"], part[-1]["ts"] + part[-1]["dur"]
-        console.print(table(title, by_kind(events, begin, end), sum(run["dur"] for run in part), len(part)))
+        console.print(table(title, by_kind(events, begin, end), sum(run["dur"] for run in part), count))
         console.print()
 
 

@@ -147,7 +147,7 @@ void TestKronecker(const RowKernels& kernels, int64_t a, int64_t b, bool whole,
   fill(p2, b * b, 2);
   const KroneckerFactors factors{p1.data(), p2.data(), a, b};
   const ChannelGather gather{a * b, nullptr, nullptr, nullptr};
-  ReadAhead ahead{{p1.data(), 1}, {p2.data(), b * b}, {}};
+  ReadAhead ahead{{p1.data(), 1}, {p2.data(), b * b}};
   ApplyKronecker(kernels, factors, {gather, g.data(), 0}, &ahead, work.data(), out.data());
   bool good = work.Intact() && out.Intact() && g.Intact() && p1.Intact() && p2.Intact();
   for (int64_t i = 0; i < a * b; ++i) {

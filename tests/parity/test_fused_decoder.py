@@ -125,6 +125,14 @@ def test_a_prompt_read_in_pieces_says_the_same(
     ]
     assert sqnr(*said) > least
     runs.clear()
+    head = LONGEST // 4
+    _, begun = model.decode(embeds[:, :head], modality[:, :head], mask[:, :head], model.empty_cache(3))
+    rest, rest_cache = model.decode(embeds[:, head:], modality[:, head:], mask, begun, logits_to_keep=2)
+    assert runs[0] == head
+    assert len(runs) > 2  # also behind other tokens
+    assert (begun.length, rest_cache.length) == (head, LONGEST)
+    assert sqnr(rest, whole) > least
+    runs.clear()
     every, _ = model.decode(embeds, modality, mask, model.empty_cache(3))
     assert runs == [LONGEST]  # all logits: in one
     assert every.shape[1] == LONGEST

@@ -41,7 +41,9 @@ def test_the_graph_keeps_float16_and_says_so(model: ExportedModel) -> None:
     assert [row for row in verify_parity(model) if not row.ok] == []
 
 
-def test_steps_behind_a_cache_are_those_of_the_whole_prompt(model: ExportedModel) -> None:
+def test_steps_behind_a_cache_are_those_of_the_whole_prompt(
+    model: ExportedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = np.random.default_rng(0).integers(4, VOCABULARY, (2, 24))
     mask = np.ones_like(ids)
     embeds, modality = model.embed(ids, model.encode_images(None))
@@ -53,6 +55,9 @@ def test_steps_behind_a_cache_are_those_of_the_whole_prompt(model: ExportedModel
     for start, end in ((0, 20), (20, 21), (21, 24)):
         logits, cache = model.decode(embeds[:, start:end], modality[:, start:end], mask[:, :end], cache)
         pieces.append(logits)
+    monkeypatch.setattr("splitq_edge.runtime_ops.session.PIECE", 8)  # a prompt is not rounded in its middle
+    last, _ = model.decode(embeds, modality, mask, model.empty_cache(2), logits_to_keep=1)
+    np.testing.assert_array_equal(last, whole[:, -1:])
     values = cache.buffers.values if fused else cache.values  # type: ignore[union-attr]
     assert {value.dtype for value in values.values()} == {np.dtype(np.float16)}
     noise = ((np.concatenate(pieces, 1) - whole) ** 2).sum() / (whole**2).sum()
