@@ -282,13 +282,13 @@ class ExportedModel:
     def _pieces(self, feeds: dict[str, Any], cache: Cache, kept: int) -> list[dict[str, Any]]:
         """Inputs of the decoder's runs one after the other: of about equal length where a prompt may be read in pieces.
 
-        It may be where all logits that are wanted are those of the last piece and a token sees the same in pieces: in a
-        fused attention, which is causal (exporters/passes/fuse_attention.py), with a cache that rounds nothing.
+        It may be where all logits that are wanted are those of the last piece and attention is fused, which is causal
+        (exporters/passes/fuse_attention.py). A cache in float16 rounds what a piece leaves to the next one, as it does
+        for the steps behind a prompt.
         """
         tokens = feeds["inputs_embeds"].shape[1]
         count = max(1, -(-tokens // PIECE))
-        exact = isinstance(cache, BufferCache) and self.manifest["cache"]["dtype"] == "float32"
-        if not exact or not 0 < kept <= tokens // count:
+        if not isinstance(cache, BufferCache) or not 0 < kept <= tokens // count:
             return [feeds]
         bounds = [tokens * index // count for index in range(count + 1)]
         pieces = []

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from splitq_edge import __version__
-from splitq_edge.config import EMBEDDINGS, LM_HEAD_SCHEMES, PRESETS, RANGE_METHODS, TRANSFORMS
+from splitq_edge.config import EMBEDDINGS, KV_CACHES, LM_HEAD_SCHEMES, PRESETS, RANGE_METHODS, TRANSFORMS
 from splitq_edge.errors import SplitQError
 from splitq_edge.targets import ARCHITECTURES, QNN_HTP, TARGET_NAMES, Target
 
@@ -225,6 +225,12 @@ def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(EMBEDDINGS),
     help="Of the token embedding; tied to an output projection of 8 bits it is stored with that; default: as the "
     "recipe says, without one W8 (none with --flavour qdq).",
+)
+@click.option(
+    "--kv-cache",
+    type=click.Choice(list(KV_CACHES)),
+    help="Of keys and values; default: as the recipe says, without one float16 in packed exports with fused attention "
+    "and float32 in others.",
 )
 @click.option(
     "--attention",

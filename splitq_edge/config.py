@@ -20,7 +20,8 @@ SCALES = ("none", "smoothquant", "awq", "mbq")
 VISION_SCHEMES = ("none", "W8A8", "W4A8", "W4A4")
 LM_HEAD_SCHEMES = ("none", "W8A8", "W4A8")
 EMBEDDINGS = ("none", "W8", "W4")
-KV_CACHE_BITS = (0, 16, 8, 4)
+KV_CACHES = {"float32": 0, "float16": 16, "int8": 8, "int4": 4}  # and their `kv_cache_bits`
+KV_CACHE_BITS = tuple(KV_CACHES.values())
 
 # What YAML may give for a field's declared type; a bool is no number here.
 PLAIN_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {

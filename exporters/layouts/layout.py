@@ -96,5 +96,5 @@ def check_cache(layout: str, config: QuantConfig | None, accepted: tuple[int, ..
         wanted = " or ".join(map(str, accepted))
         raise SplitQError(
             f"--layout {layout}: expected a recipe with kv_cache_bits {wanted}, because the layout's readers pass no "
-            f"other cache on, got {config.kv_cache_bits}; change the recipe or use --layout flat"
+            f"other cache on, got {config.kv_cache_bits}; change the recipe or --kv-cache, or use --layout flat"
         )

@@ -1,13 +1,15 @@
 """Do two exports of one calibration say the same? Greedy answers to held-out questions with pictures, both ways.
 
     python models/smolvqa-135m/same_tokens.py build/models/smolvqa-135m --work build/same-tokens
+    python models/smolvqa-135m/same_tokens.py build/models/smolvqa-135m --compare cache
     python models/smolvqa-135m/same_tokens.py build/models/smolvqa-135m --compare layout --questions 20 \
         --new-tokens 64 --past-the-end
 
 Calibrates once (the scheme's recipe, nothing learned). `--compare attention`: the fused and the unfused decoder hold
 the same integers but add floats in another order, which may tip an activation's code and with it a token whose logits
-nearly tie. `--compare layout`: the flat folder in our own loop and the genai folder in onnxruntime-genai.
-`--past-the-end` forbids end tokens, so that every answer has as many tokens as asked for. Exits with 1 if one differs.
+nearly tie. `--compare cache`: keys and values kept in float32 and in float16. `--compare layout`: the flat folder in
+our own loop and the genai folder in onnxruntime-genai. `--past-the-end` forbids end tokens, so that every answer has
+as many tokens as asked for. Exits with 1 if one differs.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ import numpy as np
 from rich.console import Console
 
 from splitq_edge.commands.export import ExportOptions, run_export
-from splitq_edge.config import LearningConfig, preset
+from splitq_edge.config import KV_CACHES, LearningConfig, preset
 from splitq_edge.evaluate.tasks import load_task
 from splitq_edge.runtime_ops.genai import GenaiGenerator
 from splitq_edge.runtime_ops.generate import Generator, greedy_tokens, open_image
 from splitq_edge.runtime_ops.session import ExportedModel
 
 SAMPLES = 16
-FORMS = {"attention": ("fused", "standard"), "layout": ("flat", "genai")}
+FORMS = {"attention": ("fused", "standard"), "cache": ("float32", "float16"), "layout": ("flat", "genai")}
 
 Answer = Callable[[dict[str, np.ndarray], int], list[int]]
 
@@ -40,6 +42,8 @@ def export(model: str, scheme: str, work: Path, compare: str) -> dict[str, Path]
     config = None if scheme == "none" else replace(preset(scheme), learning=LearningConfig(epochs=0))
     folders = {}
     for form in FORMS[compare]:
+        if config is not None and compare == "cache":
+            config = replace(config, kv_cache_bits=KV_CACHES[form])
         folders[form] = work / form
         options = ExportOptions(
             model,

@@ -1,7 +1,9 @@
-// Reads: float rows. Tile: 16 values; the values left over one by one. Features: AVX-512 F.
-// Exactness: the bits of the scalar form, which does the same one product.
-// Idea: 16 channels whose sources lie among 32 are permuted out of two registers, because loads of
-// single values, gathered by one instruction or by 16, take several times as long.
+// Reads: float rows. Tile: 16 values, 64 for codes; the values left over under a mask, gathered
+// ones one by one. Features: AVX-512 F, BW. Exactness: the bits of the scalar form, because each
+// lane does the same operations and extremes do not depend on their order. vmaxps and vminps return
+// their second operand when one is a NaN. Idea: 16 channels whose sources lie among 32 are permuted
+// out of two registers, because loads of single values, gathered by one instruction or by 16, take
+// several times as long.
 //
 // Everything here has internal linkage, as in gemm/avx2_low_bits.cc.
 #include <immintrin.h>
@@ -14,17 +16,17 @@
 namespace splitq {
 namespace {
 
-SPLITQ_INLINE __m512 LoadBlock(const ChannelGather& gather, const float* x, int64_t i) {
-  if (gather.order == nullptr) return _mm512_loadu_ps(x + i);
+// Of the channels from i on, a whole block.
+SPLITQ_INLINE __m512 GatherBlock(const ChannelGather& gather, const float* x, size_t i) {
   const int32_t* order = gather.order + i;
-  const int32_t first = gather.windows[i / kGatherBlock];
-  if (first < 0) {
+  const int32_t* first = gather.windows + i / kGatherBlock;
+  if (*first < 0) {
     float values[kGatherBlock];
     for (int64_t j = 0; j < kGatherBlock; ++j) values[j] = x[order[j]];
     return _mm512_loadu_ps(values);
   }
-  const __m512i places = _mm512_sub_epi32(_mm512_loadu_si512(order), _mm512_set1_epi32(first));
-  const float* window = x + first;
+  const __m512i places = _mm512_sub_epi32(_mm512_loadu_si512(order), _mm512_set1_epi32(*first));
+  const float* window = x + *first;
   return _mm512_permutex2var_ps(_mm512_loadu_ps(window), places,
                                 _mm512_loadu_ps(window + kGatherBlock));
 }
@@ -34,19 +36,121 @@ SPLITQ_INLINE float LoadOne(const ChannelGather& gather, const float* x, int64_t
   return gather.scale != nullptr ? value * gather.scale[i] : value;
 }
 
+constexpr int64_t kLanes = 16;
+
+// The first `count` lanes, at most all.
+SPLITQ_INLINE __mmask16 FirstLanes(int64_t count) {
+  return count >= kLanes ? __mmask16{0xFFFF} : static_cast<__mmask16>((1U << count) - 1U);
+}
+
+struct Lanes {
+  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+};
+
+SPLITQ_INLINE void Include(__m512 values, Lanes& lanes) {
+  lanes.low = _mm512_min_ps(values, lanes.low);
+  lanes.high = _mm512_max_ps(values, lanes.high);
+}
+
+struct Encoder {
+  __m512 inverse, low, high;
+};
+
+// Clamped first, so that what is rounded is small; vcvtps2dq rounds half to even.
+SPLITQ_INLINE __m512i EncodeLanes(__m512 values, const Encoder& encoder) {
+  const __m512 raised = _mm512_max_ps(_mm512_mul_ps(values, encoder.inverse), encoder.low);
+  return _mm512_cvtps_epi32(_mm512_min_ps(raised, encoder.high));
+}
+
+// 64 integers to bytes; the packs work on quarters, the permutation puts the bytes in order.
+SPLITQ_INLINE __m512i Pack(const __m512i* parts) {
+  const __m512i low = _mm512_packs_epi32(parts[0], parts[1]);
+  const __m512i bytes = _mm512_packs_epi16(low, _mm512_packs_epi32(parts[2], parts[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+
+SPLITQ_INLINE __m512 Rest(__m512 values, __m128i codes, __m512 scale) {
+  const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+  return _mm512_sub_ps(values, _mm512_mul_ps(wide, scale));
+}
+
+}  // namespace
+
+Extremes FindExtremesAvx512Vnni(const float* values, int64_t width) {
+  Lanes even, odd;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+    Include(_mm512_loadu_ps(values + i), even);
+    Include(_mm512_loadu_ps(values + i + kLanes), odd);
+  }
+  for (; i < width; i += kLanes) {
+    Include(_mm512_maskz_loadu_ps(FirstLanes(width - i), values + i), even);
+  }
+  return {_mm512_reduce_min_ps(_mm512_min_ps(even.low, odd.low)),
+          _mm512_reduce_max_ps(_mm512_max_ps(even.high, odd.high))};
+}
+
+void EncodeAvx512Vnni(const float* values, int64_t width, Encoding encoding, int8_t* codes) {
+  const Encoder encoder{_mm512_set1_ps(encoding.inverse), _mm512_set1_ps(encoding.low),
+                        _mm512_set1_ps(encoding.high)};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+    __m512i parts[4];
+    for (int part = 0; part < 4; ++part) {
+      parts[part] = EncodeLanes(_mm512_loadu_ps(values + i + part * kLanes), encoder);
+    }
+    _mm512_storeu_si512(codes + i, Pack(parts));
+  }
+  for (; i < width; i += kLanes) {
+    const __mmask16 lanes = FirstLanes(width - i);
+    const __m512i part = EncodeLanes(_mm512_maskz_loadu_ps(lanes, values + i), encoder);
+    _mm512_mask_cvtepi32_storeu_epi8(codes + i, lanes, part);
+  }
+}
+
+void SubtractCodesAvx512Vnni(const float* values, const int8_t* codes, float scale, int64_t width,
+                             float* out) {
+  const __m512 scales = _mm512_set1_ps(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+    _mm512_storeu_ps(out + i, Rest(_mm512_loadu_ps(values + i), bytes, scales));
+  }
+  if (i == width) return;
+  const __mmask16 lanes = FirstLanes(width - i);
+  const __m128i bytes = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(lanes, codes + i));
+  const __m512 rest = Rest(_mm512_maskz_loadu_ps(lanes, values + i), bytes, scales);
+  _mm512_mask_storeu_ps(out + i, lanes, rest);
+}
+
+namespace {
+
+// Whole blocks of channels [i, end).
+template <bool ordered, bool scaled>
+void GatherBlocks(const ChannelGather& all, const float* x, size_t i, size_t end, float* out) {
+  const ChannelGather gather = all;  // a copy: stores through `out` cannot change it
+  for (; i < end; i += kGatherBlock, out += kGatherBlock) {
+    __m512 values = ordered ? GatherBlock(gather, x, i) : _mm512_loadu_ps(x + i);
+    if (scaled) values = _mm512_mul_ps(values, _mm512_loadu_ps(gather.scale + i));
+    _mm512_storeu_ps(out, values);
+  }
+}
+
 }  // namespace
 
 void GatherAvx512Vnni(const ChannelGather& gather, const float* x, int64_t begin, int64_t count,
                       float* out) {
+  const bool ordered = gather.order != nullptr, scaled = gather.scale != nullptr;
+  const auto run = ordered ? (scaled ? GatherBlocks<true, true> : GatherBlocks<true, false>)
+                           : (scaled ? GatherBlocks<false, true> : GatherBlocks<false, false>);
   const int64_t end = begin + count;
   int64_t i = begin;
   for (; i < end && i % kGatherBlock != 0; ++i) *out++ = LoadOne(gather, x, i);
-  for (; i + kGatherBlock <= end; i += kGatherBlock, out += kGatherBlock) {
-    __m512 values = LoadBlock(gather, x, i);
-    if (gather.scale != nullptr) values = _mm512_mul_ps(values, _mm512_loadu_ps(gather.scale + i));
-    _mm512_storeu_ps(out, values);
-  }
-  for (; i < end; ++i) *out++ = LoadOne(gather, x, i);
+  const int64_t whole = (end - i) / kGatherBlock * kGatherBlock;
+  run(gather, x, static_cast<size_t>(i), static_cast<size_t>(i + whole), out);
+  out += whole;
+  for (i += whole; i < end; ++i) *out++ = LoadOne(gather, x, i);
 }
 
 }  // namespace splitq

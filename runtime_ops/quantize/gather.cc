@@ -9,7 +9,10 @@ std::vector<int32_t> GatherWindows(const int32_t* order, int64_t channels) {
   const int64_t last = channels - kGatherWindow;  // where a window may begin at the latest
   for (int64_t i = 0; i + kGatherBlock <= channels; i += kGatherBlock) {
     const auto ends = std::minmax_element(order + i, order + i + kGatherBlock);
-    const int64_t first = std::min<int64_t>(*ends.first, last);
+    int64_t first = std::min<int64_t>(*ends.first, last);
+    // from whole registers on, if those hold them: such loads stay within a cache line
+    const int64_t whole = first / kGatherBlock * kGatherBlock;
+    if (first >= 0 && *ends.second < whole + kGatherWindow) first = whole;
     const bool fits = first >= 0 && *ends.second < first + kGatherWindow;
     windows.push_back(fits ? static_cast<int32_t>(first) : -1);
   }

@@ -13,8 +13,8 @@ namespace {
 // Fastest first; the scalar kernels run everywhere and end the list.
 constexpr RowKernels kRowKernels[] = {
 #if defined(SPLITQ_AVX512VNNI)
-    {"rows_avx512vnni", Isa::kAvx512Vnni, GatherAvx512Vnni, FindExtremesAvx2, EncodeAvx2,
-     SumCodesAvx2, SubtractCodesAvx2, MultiplyAvx512Vnni},
+    {"rows_avx512vnni", Isa::kAvx512Vnni, GatherAvx512Vnni, FindExtremesAvx512Vnni,
+     EncodeAvx512Vnni, SumCodesAvx2, SubtractCodesAvx512Vnni, MultiplyAvx512Vnni},
 #endif
 #if defined(SPLITQ_AVX2)
     {"rows_avx2", Isa::kAvx2, GatherScalar, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2,

@@ -17,21 +17,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from splitq_edge.adapters.adapter import ModelAdapter
 from splitq_edge.artifacts import add_file, check_target, sha256_of, staged_folder
 from splitq_edge.calibration.activations import ActivationStore
 from splitq_edge.calibration.data import CalibrationSample, describe_source, encode_sample, load_samples
 from splitq_edge.calibration.runner import Calibration
 from splitq_edge.calibration.state import CalibrationState
 from splitq_edge.commands.export_static import StaticOptions, static_layout, write_static
-from splitq_edge.config import QuantConfig, load_recipe, preset
+from splitq_edge.config import KV_CACHES, QuantConfig, load_recipe, preset
 from splitq_edge.convert import assemble, effective_bits
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.export_folder import ExportRequest, check_exportable, write_export
 from splitq_edge.exporters.layouts.layout import Layout
+from splitq_edge.exporters.layouts.onnx_community import OnnxCommunity
 from splitq_edge.exporters.layouts.registry import default_layout, layout_named
 from splitq_edge.loading import LoadedModel, check_name, load_model
 from splitq_edge.methods.registry import method_config
 from splitq_edge.parallel import Processes
+from splitq_edge.quant.kv_cache import HALF_BITS
 from splitq_edge.report.model_card import CARD_FILE, model_card
 from splitq_edge.runtime_ops.open_model import open_model
 from splitq_edge.runtime_ops.verify import ParityRow, disagreements, verify_parity
@@ -57,6 +60,7 @@ class ExportOptions:
     layout: str | None = None
     lm_head: str | None = None
     embedding: str | None = None
+    kv_cache: str | None = None
     seed: int = 0
     force: bool = False
     revision: str | None = None
@@ -105,10 +109,9 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     processes = Processes()
     if not processes.main:
         console = Console(quiet=True)
+    chosen = config is None
     config = config or chosen_config(options)
-    samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
-    if config is not None and len(samples) < options.calib_samples:
-        logger.warning("calibration uses the %d samples there are, not %d", len(samples), options.calib_samples)
+    samples = _samples(options, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     blockwise = options.memory_limit is not None or options.stop_after is not None
     # None: from safetensors files weights are read block by block, a float model is written whole
@@ -117,12 +120,10 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
     layout = checked_layout(options, loaded, config)
     if config is None:
         check_finite(loaded)
+    elif chosen:
+        config = with_default_cache(options, config, loaded.adapter, layout)
     with progress_bars(console) as progress:
-        task = progress.add_task("encode samples", total=len(samples))
-        encoded = [
-            encode_sample(loaded.processor, sample, loaded.image_layout)
-            for sample in progress.track(samples, task_id=task)
-        ]
+        encoded = _encoded(loaded, samples, progress)
         sample = next((inputs for inputs in encoded if "pixel_values" in inputs), None)
         if sample is None:
             raise SplitQError("calibration: expected at least one sample with an image, got none; add one")
@@ -166,6 +167,21 @@ def run_export(options: ExportOptions, console: Console, config: QuantConfig | N
         state.remove()
     console.print(f"{options.out}: {label}")
     return {**result, "effective_bits": bits}
+
+
+def _samples(options: ExportOptions, config: QuantConfig | None) -> list[CalibrationSample]:
+    samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
+    if config is not None and len(samples) < options.calib_samples:
+        logger.warning("calibration uses the %d samples there are, not %d", len(samples), options.calib_samples)
+    return samples
+
+
+def _encoded(
+    loaded: LoadedModel, samples: list[CalibrationSample], progress: Progress
+) -> list[dict[str, torch.Tensor]]:
+    task = progress.add_task("encode samples", total=len(samples))
+    tracked = progress.track(samples, task_id=task)
+    return [encode_sample(loaded.processor, sample, loaded.image_layout) for sample in tracked]
 
 
 def checked_layout(options: ExportOptions, loaded: LoadedModel, config: QuantConfig | None) -> Layout:
@@ -280,8 +296,8 @@ def _header(
 
 
 def _calibrated_part(config: QuantConfig) -> dict[str, Any]:
-    """The recipe; without the embedding while that stays float, as in states of versions that knew no other."""
-    recipe = config.to_dict()
+    """The recipe but for the cache; without the embedding while that stays float, as in states of older versions."""
+    recipe = config.to_dict() | {"kv_cache_bits": 0}
     return {name: value for name, value in recipe.items() if (name, value) != ("embedding", "none")}
 
 
@@ -320,9 +336,14 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
     """The recipe that the options name, None for float.
 
     Raises:
-        SplitQError: the recipe is no recipe, or a float export is to stop after blocks or to quantize its output
-            projection or embedding.
+        SplitQError: the recipe is no recipe, the flavour has no choice of cache, or a float export is to stop after
+            blocks or to quantize its output projection, embedding or cache.
     """
+    if options.flavour == "qdq" and options.kv_cache is not None:
+        raise SplitQError(
+            f"export: expected no --kv-cache with --flavour qdq, whose cache has 16 bits, got {options.kv_cache}; "
+            "leave it out"
+        )
     if options.recipe is not None:
         config = load_recipe(options.recipe)
     elif options.scheme == "none":
@@ -331,9 +352,14 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
                 "export: expected no --stop-after with --scheme none, which calibrates no blocks, got "
                 f"{options.stop_after}; leave one out"
             )
-        for name, value in (("--lm-head", options.lm_head), ("--embedding", options.embedding)):
-            if value not in (None, "none"):
-                raise SplitQError(f"export: expected {name} none with --scheme none, got {value}; leave one out")
+        floats = (
+            ("--lm-head", options.lm_head, "none"),
+            ("--embedding", options.embedding, "none"),
+            ("--kv-cache", options.kv_cache, "float32"),
+        )
+        for name, value, plain in floats:
+            if value not in (None, plain):
+                raise SplitQError(f"export: expected {name} {plain} with --scheme none, got {value}; leave one out")
         return None
     else:
         config = method_config(options.method, preset(options.scheme))
@@ -341,7 +367,23 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
             config = replace(config, lm_head=LM_HEAD, embedding=EMBEDDING)
     if options.lm_head is not None:
         config = replace(config, lm_head=options.lm_head)
+    if options.kv_cache is not None:
+        config = replace(config, kv_cache_bits=KV_CACHES[options.kv_cache])
     return config if options.embedding is None else replace(config, embedding=options.embedding)
+
+
+def with_default_cache(
+    options: ExportOptions, config: QuantConfig, adapter: ModelAdapter, layout: Layout
+) -> QuantConfig:
+    """The recipe with a float16 cache where our attention kernel reads it and the layout passes it on.
+
+    A recipe file and --kv-cache say themselves what the cache is.
+    """
+    attention = options.attention or layout.attention
+    fused = attention == "fused" and not adapter.bidirectional and not adapter.mrope
+    if options.recipe is not None or options.kv_cache is not None or options.flavour != "packed":
+        return config
+    return replace(config, kv_cache_bits=HALF_BITS) if fused and layout.name != OnnxCommunity.name else config
 
 
 def check_places(options: ExportOptions) -> None:

@@ -29,7 +29,7 @@ from model_peers import GGUF_TYPES, write_genai, write_gguf
 from rich.console import Console
 from rich.table import Table
 
-SCHEMES = ("fp32", "W8A8", "W4A8", "W4A4", "W3A3", "W3A2", "W4A8 plain", "W3A3 plain", "W4A8 float16 cache")
+SCHEMES = ("fp32", "W8A8", "W4A8", "W4A4", "W3A3", "W3A2", "W4A8 plain", "W3A3 plain", "W4A8 float32 cache")
 EXTRAS = ("W4A8 no transform", "W4A8 no split", "W4A8 no CWS, MAC")
 LOADS = 3
 ENGINE_SCRIPT = Path(__file__).with_name("model_engines.py")

@@ -46,18 +46,23 @@ WITHOUT = {
     "no CWS, MAC": {"correction": CorrectionConfig(0, 0)},
 }
 WITH = {
-    "float16 cache": {"kv_cache_bits": HALF_BITS},
+    "float32 cache": {"kv_cache_bits": 0},
     "4-bit head": {"lm_head": "W4A8"},
-    "float16 cache, 4-bit head": {"kv_cache_bits": HALF_BITS, "lm_head": "W4A8"},
 }
 CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, **WITHOUT, **WITH}
 
 
 def recipe(scheme: str) -> QuantConfig:
-    """The recipe behind a name: a preset, "W8A8", or one with a change, as "W4A8 plain" or "W4A8 float16 cache"."""
+    """The recipe behind a name: a preset, "W8A8", or one with a change, as "W4A8 plain" or "W4A8 float32 cache".
+
+    The cache is float16, as packed exports have it. "fp32" and "MatMulNBits" have the sites' shapes of "W4A8 plain";
+    the former's cache is float32, as float exports have it.
+    """
+    if scheme in FLOAT_WEIGHTS:
+        return replace(recipe("W4A8 plain"), kv_cache_bits=0 if scheme == "fp32" else HALF_BITS)
     label, _, change = scheme.partition(" ")
     config = preset("W4A8" if label == "W8A8" else label)
-    config = replace(config, scheme=label, bits=int(label[1]), activation_bits=int(label[3]))
+    config = replace(config, scheme=label, bits=int(label[1]), activation_bits=int(label[3]), kv_cache_bits=HALF_BITS)
     return replace(config, **CHANGES[change]) if change else config
 
 
@@ -103,7 +108,7 @@ def write_decoders(shape: str, schemes: Iterable[str], root: Path) -> None:
         folder = folder_of(root, scheme)
         if (folder / EXPORT_FILE).exists():
             continue
-        bits = 0 if scheme in FLOAT_WEIGHTS else recipe(scheme).kv_cache_bits
+        bits = recipe(scheme).kv_cache_bits
         if bits not in traced:
             traced[bits] = _traced(shape, bits)
         _write(traced[bits], shape, scheme, folder)
@@ -132,7 +137,7 @@ def _traced(shape: str, kv_cache_bits: int) -> ir.Model:
 
 def _write(traced: ir.Model, shape: str, scheme: str, folder: Path) -> None:
     plain = scheme in FLOAT_WEIGHTS
-    config = recipe("W4A8 plain" if plain else scheme)
+    config = recipe(scheme)
     loaded = hollow_model(shape)
     quantized = QuantizedModel(loaded, config, {}, [])
     fill(loaded, quantized)
