@@ -41,6 +41,9 @@ function check(manifest) {
   if (manifest.attention !== 'standard') {
     throw wrong('the page needs attention in standard ops', manifest.attention, 'export with --attention standard');
   }
+  if (manifest.cache.dtype !== 'float32') {
+    throw wrong('the page keeps a float32 cache', manifest.cache.dtype, 'export with --kv-cache float32');
+  }
   if (manifest.image_layout.kind !== 'images') {
     throw wrong('the page shows one picture of one size', manifest.image_layout.kind, 'take a model such as LLaVA 1.5');
   }

@@ -45,6 +45,7 @@ SHAPES = "576x960,576x3072,1536x576,2048x2048,2048x8192,8192x2048,4096x4096,4096
 TOLERANCE = 1e-5  # relative, of float sums in another order
 GGML_TOLERANCE = 0.02  # relative, of activations quantized by blocks to 8 bits
 COLD_ROWS = 16  # with more, a layer's weight is read once for so much work that two copies will do
+SETTLE_S = 0.1  # several threads: two of a new session at first share a processor for tens of milliseconds
 LARGE = 2048  # input and output channels
 OWN_PEERS = ("W4A8", "W3A8", "W3A3")  # layers of ours that the others are compared with as well
 
@@ -297,6 +298,14 @@ class Timed(ABC):
         self._run()
         self.seconds.append((clock() - start) / self.copies)
 
+    def warm_up(self) -> None:
+        """Passes that are not kept; with several threads until each of a new session's has a processor of its own."""
+        end = time.perf_counter() + (SETTLE_S if self.setting.threads > 1 else 0.0)
+        self._run()
+        while time.perf_counter() < end:
+            self._run()
+        self.seconds.clear()
+
     def microseconds(self) -> float:
         """Median over the passes."""
         return statistics.median(self.seconds) * 1e6
@@ -505,8 +514,7 @@ def main(
                 for each in timed:
                     each.run()
                     each.check()
-                    each.run()
-                    each.seconds.clear()
+                    each.warm_up()
                 for _ in range(rounds):
                     for each in timed:
                         each.run()

@@ -2,17 +2,18 @@
 
     make bench-model BENCH="--shapes 135M,1.5B --schemes 'W4A8; W4A8 plain; W3A3'"
 
-Every engine holds its model in a process of its own (model_engines.py). Every round asks each of them in turn for a
-prompt and the steps behind it; a value is the median over the rounds. All models have random weights: time does not
-depend on them. Embedding the tokens is left out of our times; it is a row to copy. "MatMulNBits" is our graph with ONNX
-Runtime's 4-bit layers in blocks of 128 at accuracy level 4 and an 8-bit head like ours; "genai int4" what the model
-builder makes by itself, 4-bit blocks of 32 with the head among them. llama.cpp stores a tied head in 6 or 8 bits.
-Behind the rows it prints their ratios (model_goals.py).
+Every engine holds its model in a process of its own (model_engines.py), loaded from the disk. Every round asks each of
+them in turn for a prompt and the steps behind it; a value is the median over the rounds. All models have random
+weights: time does not depend on them. Embedding the tokens is left out of our times; it is a row to copy. "MatMulNBits"
+is our graph with ONNX Runtime's 4-bit layers in blocks of 128 at accuracy level 4 and an 8-bit head like ours; "genai
+int4" what the model builder makes by itself, 4-bit blocks of 32 with the head among them. llama.cpp stores a tied head
+in 6 or 8 bits. Behind the rows it prints their ratios (model_goals.py).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -62,7 +63,8 @@ class Contender:
     longest: int = 0
 
     def start(self, threads: int) -> None:
-        """Load the model, several times."""
+        """Load the model, several times, first from the disk."""
+        forget(self.path)
         seconds = [self._load(threads)]
         while len(seconds) < LOADS:
             self.stop()
@@ -123,6 +125,20 @@ class Contender:
                 }
             )
         return found
+
+
+def forget(path: Path) -> None:
+    """Drop a model's files from the page cache, where the system can.
+
+    What was written just now lies there as it was written, in pages here and there, and is read by up to a tenth slower
+    than what was loaded from a disk, as it is after the machine has started.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def contenders(shape: str, work: Path, schemes: list[str], peers: list[str]) -> list[Contender]:
