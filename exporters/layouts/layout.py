@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitq_edge.adapters.adapter import ModelAdapter
-from splitq_edge.config import QuantConfig
+from splitq_edge.config import KV_CACHES, QuantConfig
 from splitq_edge.errors import SplitQError
 from splitq_edge.loading import LoadedModel
 
@@ -93,8 +93,9 @@ def check_cache(layout: str, config: QuantConfig | None, accepted: tuple[int, ..
         SplitQError: they do not.
     """
     if config is not None and config.kv_cache_bits not in accepted:
-        wanted = " or ".join(map(str, accepted))
+        names = {bits: name for name, bits in KV_CACHES.items()}
+        wanted = " or ".join(names[bits] for bits in accepted)
         raise SplitQError(
-            f"--layout {layout}: expected a recipe with kv_cache_bits {wanted}, because the layout's readers pass no "
-            f"other cache on, got {config.kv_cache_bits}; change the recipe or --kv-cache, or use --layout flat"
+            f"--layout {layout}: expected a cache of {wanted} (--kv-cache, or the recipe's kv_cache_bits), because the "
+            f"layout's readers pass no other on, got {names[config.kv_cache_bits]}; change it or use --layout flat"
         )

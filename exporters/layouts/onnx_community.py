@@ -50,12 +50,12 @@ class OnnxCommunity:
                 "--layout onnx-community: expected a model type that transformers.js prepares pictures for as the "
                 f"exported graphs take them, got '{adapter.model_type}'; use --layout flat"
             )
-        check_cache(self.name, config, (0,))
         if config is not None and flavour != "portable":
             raise SplitQError(
                 "--layout onnx-community: expected --flavour portable, because transformers.js cannot load the native "
                 f"kernels, got {flavour}"
             )
+        check_cache(self.name, config, (0,))
         if attention != self.attention:
             raise SplitQError(
                 "--layout onnx-community: expected --attention standard, because the onnxruntime of transformers.js "

@@ -105,6 +105,9 @@ class CalibrationState:
                 f"calibration state {self.folder}: an earlier run left {self.finished()} finished blocks; go on with "
                 "--resume, or delete the folder to begin anew"
             )
+        recipe = found.get("recipe")
+        if isinstance(recipe, dict) and "kv_cache_bits" in recipe:
+            recipe["kv_cache_bits"] = 0  # older versions counted the cache, too, on which no integer depends
         wanted = json.loads(json.dumps(self.header))
         changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if changed:

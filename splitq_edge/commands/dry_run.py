@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from splitq_edge.calibration.data import encode_sample, load_samples
-from splitq_edge.commands.export import ExportOptions, check_places, checked_layout, chosen_config
+from splitq_edge.commands.export import ExportOptions, check_places, checked_layout, chosen_config, with_default_cache
+from splitq_edge.config import KV_CACHES
 from splitq_edge.errors import SplitQError
 from splitq_edge.estimate import estimate
 
@@ -26,7 +27,7 @@ def print_estimate(options: ExportOptions, console: Console) -> None:
         raise SplitQError("--dry-run: expected a scheme to calibrate, got none; a float export has nothing to estimate")
     samples = load_samples(options.calib, options.calib_samples, seed=options.seed)
     loaded = options.load(lazy=True)
-    checked_layout(options, loaded, config)
+    config = with_default_cache(options, config, loaded.adapter, checked_layout(options, loaded, config))
     lengths = [
         encode_sample(loaded.processor, sample, loaded.image_layout)["input_ids"].shape[1]
         for sample in samples[:TOKEN_SAMPLES]
@@ -45,6 +46,8 @@ def print_estimate(options: ExportOptions, console: Console) -> None:
         **{f"{name}, {getattr(config, name)}": _megabytes(size) for name, size in found.extra_bytes.items()},
         "left in float32": _megabytes(found.float_bytes),
     }
+    if options.flavour != "qdq":  # which has 16-bit codes
+        rows["keys and values"] = next(name for name, bits in KV_CACHES.items() if bits == config.kv_cache_bits)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

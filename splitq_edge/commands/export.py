@@ -29,7 +29,6 @@ from splitq_edge.convert import assemble, effective_bits
 from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.export_folder import ExportRequest, check_exportable, write_export
 from splitq_edge.exporters.layouts.layout import Layout
-from splitq_edge.exporters.layouts.onnx_community import OnnxCommunity
 from splitq_edge.exporters.layouts.registry import default_layout, layout_named
 from splitq_edge.loading import LoadedModel, check_name, load_model
 from splitq_edge.methods.registry import method_config
@@ -375,7 +374,7 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
 def with_default_cache(
     options: ExportOptions, config: QuantConfig, adapter: ModelAdapter, layout: Layout
 ) -> QuantConfig:
-    """The recipe with a float16 cache where our attention kernel reads it and the layout passes it on.
+    """The recipe with a float16 cache where our attention kernel reads it: in packed exports with fused attention.
 
     A recipe file and --kv-cache say themselves what the cache is.
     """
@@ -383,7 +382,7 @@ def with_default_cache(
     fused = attention == "fused" and not adapter.bidirectional and not adapter.mrope
     if options.recipe is not None or options.kv_cache is not None or options.flavour != "packed":
         return config
-    return replace(config, kv_cache_bits=HALF_BITS) if fused and layout.name != OnnxCommunity.name else config
+    return replace(config, kv_cache_bits=HALF_BITS) if fused else config
 
 
 def check_places(options: ExportOptions) -> None:

@@ -46,9 +46,9 @@ CACHED = replace(preset("W4A8"), kv_cache_bits=8)
     ("layout", "model_type", "changes", "problem"),
     [
         ("genai", "llama", {}, "expected a model type that onnxruntime-genai can run, got 'llama'; use --layout flat"),
-        ("genai", "llava", {"config": CACHED}, "expected a recipe with kv_cache_bits 0 or 16, .* got 8; change the"),
+        ("genai", "llava", {"config": CACHED}, "expected a cache of float32 or float16 .* got int8; change it"),
         ("onnx-community", "llama", {}, "transformers.js prepares pictures for .* got 'llama'; use --layout flat"),
-        ("onnx-community", "llava", {"config": CACHED}, "expected a recipe with kv_cache_bits 0, .* got 8"),
+        ("onnx-community", "llava", {"config": CACHED}, "expected a cache of float32 .* got int8"),
         ("onnx-community", "llava", {"flavour": "packed"}, "expected --flavour portable, .* got packed"),
         ("onnx-community", "llava", {"attention": "fused"}, "expected --attention standard, .* got fused"),
     ],
