@@ -141,6 +141,8 @@ def main(
     model: str, work: Path, compare: str, scheme: str, questions: int, new_tokens: int, past_the_end: bool
 ) -> None:
     """Export both ways, ask, compare."""
+    if (compare, scheme) == ("cache", "none"):
+        raise click.UsageError("--compare cache: a float export has no choice of cache; take another --scheme")
     folders = export(model, scheme, work, compare)
     first, second = (
         answers(folder, form, questions, new_tokens, past_the_end=past_the_end) for form, folder in folders.items()

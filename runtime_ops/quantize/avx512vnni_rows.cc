@@ -1,9 +1,9 @@
-// Reads: float rows. Tile: 16 values, 64 for codes; the values left over under a mask, gathered
-// ones one by one. Features: AVX-512 F, BW. Exactness: the bits of the scalar form, because each
-// lane does the same operations and extremes do not depend on their order. vmaxps and vminps return
-// their second operand when one is a NaN. Idea: 16 channels whose sources lie among 32 are permuted
-// out of two registers, because loads of single values, gathered by one instruction or by 16, take
-// several times as long.
+// Reads: float rows. Tile: 16 values, 64 for codes; those left over under a mask, gathered ones one
+// by one. Features: AVX-512 F, BW.
+// Exactness: the bits of the scalar form, because each lane does the same operations and extremes
+// do not depend on their order. vmaxps and vminps return their second operand when one is a NaN.
+// Idea: 16 channels whose sources lie among 32 are permuted out of two registers, because loads of
+// single values, gathered by one instruction or by 16, take several times as long.
 //
 // Everything here has internal linkage, as in gemm/avx2_low_bits.cc.
 #include <immintrin.h>
