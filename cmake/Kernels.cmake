@@ -69,6 +69,7 @@ function(splitq_add_kernels name)
     linear/split_linear.cc
   )
   set(avx2
+    gemm/avx2_6_bits.cc
     gemm/avx2_8_bits.cc
     gemm/avx2_low_bits.cc
     gemm/avx2_terms.cc

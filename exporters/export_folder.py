@@ -427,7 +427,7 @@ def manifest_of(
         "layout": request.layout,
         "effective_bits": 32.0 if quantized is None else round(effective_bits(quantized.sites), 4),
         **{extra: _extra_entry(quantized, extra) for extra in EXTRAS},
-        "embedding": {"scheme": "none" if quantized is None else quantized.config.embedding},
+        "embedding": {"scheme": _embedding_scheme(loaded, quantized)},
         "recipe": None if quantized is None else quantized.config.to_dict(),
         "calibration": request.calibration,
         "seed": request.seed,
@@ -471,6 +471,14 @@ def _extra_entry(quantized: QuantizedModel | None, extra: str) -> dict[str, Any]
         return {"scheme": "none", "effective_bits": 32.0}
     bits = effective_bits(quantized.extras[extra])
     return {"scheme": getattr(quantized.config, extra), "effective_bits": round(bits, 4)}
+
+
+def _embedding_scheme(loaded: LoadedModel, quantized: QuantizedModel | None) -> str:
+    """Bits of the token embedding in the folder: a recipe's W8 may be the 6 bits of a tied output projection."""
+    if quantized is None:
+        return "none"
+    table = loaded.model.get_input_embeddings()
+    return f"W{table.bits}" if isinstance(table, HeadEmbedding) else quantized.config.embedding
 
 
 def parity_limit_db(activation_bits: int) -> float:

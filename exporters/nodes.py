@@ -81,7 +81,7 @@ def weight_initializer(name: str, q: np.ndarray, bits: int, packed: bool, block_
     Args:
         name: name of the initializer.
         q: [K, N] integers in [-2^(bits-1), 2^(bits-1) - 1].
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         packed: True for the packed form, False for an INT4 (bits up to 4) or INT8 tensor.
         block_size: written into the header of the packed form.
 
@@ -97,6 +97,6 @@ def weight_initializer(name: str, q: np.ndarray, bits: int, packed: bool, block_
     q = q.astype(np.int8)
     if packed:
         return numpy_helper.from_array(pack(q, bits, block_size), name)
-    if bits == 8:
+    if bits > 4:
         return numpy_helper.from_array(q, name)
     return TensorProto(name=name, data_type=TensorProto.INT4, dims=q.shape, raw_data=int4_bytes(q))

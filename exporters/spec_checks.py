@@ -6,7 +6,7 @@ from typing import Any
 
 from splitq_edge.errors import SplitQError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 GROUPS = ("main", "text", "vision")
 MAC_ROWS = ("text", "all")
 
@@ -35,7 +35,7 @@ def check_bits(spec: Any, *names: str) -> None:
     for name in names:
         if getattr(spec, name) not in BITS:
             raise SplitQError(
-                f"{spec.op_type}: expected {name} 2, 3, 4 or 8, got {getattr(spec, name)}; change the recipe"
+                f"{spec.op_type}: expected {name} 2, 3, 4, 6 or 8, got {getattr(spec, name)}; change the recipe"
             )
 
 

@@ -22,8 +22,8 @@ SCHEMA = 1
 LAYOUT = 1
 PANEL = 16  # output channels a panel, "nr" in the header
 QUAD = 4  # consecutive input channels that lie side by side
-FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}  # bits -> F, quads of a block
-VECTORS = {2: 1, 3: 3, 4: 1, 8: 1}  # bits -> V, 64-byte vectors of a block
+FIELDS = {2: 4, 3: 8, 4: 2, 6: 4, 8: 1}  # bits -> F, quads of a block
+VECTORS = {2: 1, 3: 3, 4: 1, 6: 3, 8: 1}  # bits -> V, 64-byte vectors of a block
 HEADER = struct.Struct("<8sIIIIQQQIIQ")  # the order of `PackedHeader`, magic first and reserved last
 
 
@@ -50,7 +50,7 @@ def pack(q: np.ndarray, bits: int, block_size: int = 0) -> np.ndarray:
 
     Args:
         q: [K, N] int8, values in [-2^(bits-1), 2^(bits-1) - 1].
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         block_size: input channels that share a scale in the node that will read the weight, 0 for one scale
             an output channel. It is only noted in the header: scales are a tensor of their own.
 
@@ -174,9 +174,9 @@ def _join_fields(u: np.ndarray, bits: int) -> np.ndarray:
         vectors = [u[0] | u[1] << 4]
     elif bits == 2:
         vectors = [u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6]
-    else:  # six fields fill the low 6 bits of three vectors; the last two are spread over the high bits
-        high = [u[6] & 3, u[6] >> 2 | (u[7] & 1) << 1, u[7] >> 1]
-        vectors = [u[2 * v] | u[2 * v + 1] << 3 | high[v] << 6 for v in range(3)]
+    else:  # 6 bits a vector, of one field or of two; those of a fourth vector are spread over the high bits of three
+        six = u if bits == 6 else [u[2 * v] | u[2 * v + 1] << 3 for v in range(4)]
+        vectors = [six[v] | (six[3] >> 2 * v & 3) << 6 for v in range(3)]
     return np.stack(vectors, axis=2)
 
 
@@ -189,5 +189,5 @@ def _split_fields(vectors: np.ndarray, bits: int) -> list[np.ndarray]:
         return [v[0] & 15, v[0] >> 4]
     if bits == 2:
         return [v[0] >> shift & 3 for shift in (0, 2, 4, 6)]
-    low = [v[f // 2] >> (3 * (f % 2)) & 7 for f in range(6)]
-    return [*low, v[0] >> 6 | (v[1] >> 6 & 1) << 2, v[1] >> 7 | v[2] >> 6 << 1]
+    six = [*(vector & 63 for vector in v), v[0] >> 6 | v[1] >> 6 << 2 | v[2] >> 6 << 4]
+    return six if bits == 6 else [vector >> shift & 7 for vector in six for shift in (0, 3)]

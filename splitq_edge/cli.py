@@ -223,7 +223,7 @@ def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--embedding",
     type=click.Choice(EMBEDDINGS),
-    help="Of the token embedding; tied to an output projection of 8 bits it is stored with that; default: as the "
+    help="Of the token embedding; W8 tied to an output projection of 8 or 6 bits is stored with that; default: as the "
     "recipe says, without one W8 (none with --flavour qdq).",
 )
 @click.option(

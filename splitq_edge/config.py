@@ -10,7 +10,7 @@ from typing import Any
 
 from splitq_edge.errors import SplitQError
 
-BIT_WIDTHS = (2, 3, 4, 8)
+BIT_WIDTHS = (2, 3, 4, 6, 8)
 BLOCK_SIZES = (0, 32, 64, 128)
 RANGE_METHODS = ("minmax", "percentile", "mse")  # of static activations, quant.static_ranges
 TRANSFORMS = ("hadamard", "identity")
@@ -18,7 +18,7 @@ CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max", "modalit
 ROUNDINGS = ("nearest", "gptq", "gptaq")
 SCALES = ("none", "smoothquant", "awq", "mbq")
 VISION_SCHEMES = ("none", "W8A8", "W4A8", "W4A4")
-LM_HEAD_SCHEMES = ("none", "W8A8", "W4A8")
+LM_HEAD_SCHEMES = ("none", "W8A8", "W6A8", "W4A8")
 EMBEDDINGS = ("none", "W8", "W4")
 KV_CACHES = {"float32": 0, "float16": 16, "int8": 8, "int4": 4}  # and their `kv_cache_bits`
 KV_CACHE_BITS = tuple(KV_CACHES.values())
@@ -170,8 +170,8 @@ class QuantConfig:
         learning: block-wise reconstruction.
         vision: scheme of the vision encoder's blocks, "none" for float32, see `splitq_edge.calibration.extra_sites`.
         lm_head: scheme of the output projection, likewise.
-        embedding: "none" for float32, or bits of the token embedding, "W8" or "W4", see
-            `splitq_edge.modules.quantized_embedding`.
+        embedding: "none" for float32, or bits of the token embedding, "W8" or "W4"; with "W8" a tied output projection
+            of 8 or 6 bits serves as embedding, see `splitq_edge.modules.quantized_embedding`.
         kv_cache_bits: bits of the key-value cache, 0 for float32, 16 for float16, else integers, see
             `splitq_edge.quant.kv_cache`.
     """

@@ -61,7 +61,7 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
         config: the recipe.
         tokens: tokens of all samples.
         samples: number of samples.
-        packed: flavour; the portable one stores 2- and 3-bit codes in 4 bits.
+        packed: flavour; the portable one stores 2- and 3-bit codes in 4 bits, 6-bit ones in 8.
 
     Raises:
         SplitQError: a width cannot be planned, or the recipe quantizes what the model does not have.
@@ -87,7 +87,7 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
     if config.embedding != "none":
         rows, hidden = loaded.model.get_input_embeddings().weight.shape
         everything -= rows * hidden
-        shared = tied(loaded) and config.embedding == "W8" and config.lm_head.startswith("W8")
+        shared = tied(loaded) and config.embedding == "W8" and config.lm_head.startswith(("W8", "W6"))
         extra_bytes["embedding"] = 0 if shared else rows * (hidden * int(config.embedding[1:]) // 8 + 4)
     return Estimate(
         effective_bits=stored / weights,
@@ -123,7 +123,7 @@ def _site_storage(shape: SiteShape, config: QuantConfig, *, packed: bool) -> tup
     rank = max(rank_of(config.correction.cws_ratio, full), rank_of(config.correction.mac_ratio, full))
     factors = rank * (main + n)
     bits = main * n * config.bits + outliers * n * config.split.bits + factors * config.correction.bits
-    width = {2: 4, 3: 4}.get(config.bits, config.bits) if not packed else config.bits
+    width = {2: 4, 3: 4, 6: 8}.get(config.bits, config.bits) if not packed else config.bits
     codes = (main * n * width + outliers * n * config.split.bits + factors * config.correction.bits) // 8
     groups = [main, outliers // 2, outliers - outliers // 2] if outliers else [main]
     blocks = -(-main // config.group_size) if config.group_size else 1

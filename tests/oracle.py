@@ -29,8 +29,8 @@ def unpack(packed: np.ndarray) -> np.ndarray:
     data = packed.tobytes()
     bits, _ = struct.unpack_from("<II", data, 16)
     N, K = struct.unpack_from("<QQ", data, 24)
-    fields = {8: 1, 4: 2, 3: 8, 2: 4}[bits]
-    vectors = 3 if bits == 3 else 1
+    fields = {8: 1, 6: 4, 4: 2, 3: 8, 2: 4}[bits]
+    vectors = 3 if bits in (3, 6) else 1
     blocks = -(-K // (4 * fields))
     q = np.zeros((K, N), np.int64)
     for n in range(N):
@@ -43,11 +43,13 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 
 def _field(of_vectors: bytes, bits: int, field: int) -> int:
     """Stored code of one field, from the bytes that hold it (one of each vector)."""
-    if bits != 3:
+    if bits not in (3, 6):
         return of_vectors[0] >> (bits * field) & (2**bits - 1)
+    top = [byte >> 6 for byte in of_vectors]
+    if bits == 6:
+        return of_vectors[field] & 63 if field < 3 else top[0] + 4 * top[1] + 16 * top[2]
     if field < 6:
         return of_vectors[field // 2] >> (3 * (field % 2)) & 7
-    top = [byte >> 6 for byte in of_vectors]
     if field == 6:
         return top[0] + 4 * (top[1] & 1)
     return (top[1] >> 1) + 2 * top[2]

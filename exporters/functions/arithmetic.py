@@ -1,6 +1,6 @@
 """Pieces that several bodies share: quantization of rows, weights as integers, exact integer products.
 
-Integer products are `MatMulInteger` of uint8 codes (code + 128, zero point 128) with int8 weights of up to 4
+Integer products are `MatMulInteger` of uint8 codes (code + 128, zero point 128) with int8 weights of up to 6
 bits or uint8 weights (code + 128) of 8 bits: uint8 x int8 with 8-bit weights may saturate on AVX2 machines.
 """
 
@@ -14,7 +14,7 @@ from splitq_edge.exporters.functions.body import Body
 SMALLEST_SCALE = np.float32(1e-12)
 HEADER_BYTES = 64
 PANEL = 16
-FIELDS = {8: 1, 4: 2, 3: 8, 2: 4}
+FIELDS = {8: 1, 6: 4, 4: 2, 3: 8, 2: 4}
 
 
 def symmetric_codes(body: Body, name: str, value: str, bits: int, clip: str = "") -> tuple[str, str]:
@@ -24,7 +24,7 @@ def symmetric_codes(body: Body, name: str, value: str, bits: int, clip: str = ""
         body: receives the nodes.
         name: prefix of the values.
         value: [..., width] float32.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         clip: scalar or [1] float32 clip factor; '' for 1.
 
     Returns:
@@ -68,7 +68,7 @@ def weight_integers(body: Body, name: str, bits: int, packed: bool, shape: tuple
     """Appends what turns the stored weight `name` into int8 [K, N]; ONNX Runtime folds it into a constant."""
     if packed:
         return _unpack(body, name, bits, shape)
-    return name if bits == 8 else body.op("Cast", [name], f"{name}_int8", to=TensorProto.INT8)
+    return name if bits > 4 else body.op("Cast", [name], f"{name}_int8", to=TensorProto.INT8)
 
 
 def product_operand(body: Body, weight: str, bits: int) -> str:
@@ -110,7 +110,7 @@ def _unpack(body: Body, name: str, bits: int, shape: tuple[int, int]) -> str:
     payload = body.op("Slice", [name, start, end], f"{name}_payload")
     vectors_shape = body.constant(f"{name}_vectors_shape", [panels, blocks, -1, PANEL, 4])
     vectors = body.op("Reshape", [payload, vectors_shape], f"{name}_vectors")
-    if bits == 3:
+    if bits in (3, 6):
         vectors = _append_top_bits(body, name, vectors)
     index = body.op("Cast", [vectors], f"{name}_byte_values", to=TensorProto.INT32)
     table = body.constant(f"codes_of_a_byte_{bits}bit", _codes_of_a_byte(bits))
@@ -124,7 +124,7 @@ def _unpack(body: Body, name: str, bits: int, shape: tuple[int, int]) -> str:
 
 
 def _append_top_bits(body: Body, name: str, vectors: str) -> str:
-    """Adds a fourth vector to a block's three: their bits 6-7, put side by side, are the codes u6 and u7."""
+    """Adds a fourth vector to a block's three: their bits 6-7, put side by side, are the last 6 bits of codes."""
     shifts = [body.constant(f"shift_{count}", np.uint8(count)) for count in (2, 4, 6)]
     top = body.op("BitShift", [vectors, shifts[2]], f"{name}_top_bits", direction="RIGHT")
     parts = [f"{name}_top_bits_{vector}" for vector in range(3)]
@@ -139,7 +139,7 @@ def _append_top_bits(body: Body, name: str, vectors: str) -> str:
 
 
 def _codes_of_a_byte(bits: int) -> np.ndarray:
-    """[256, fields] int8: the codes in a byte, lowest bits first; 3 bits leave the two top bits unread."""
+    """[256, fields] int8: the codes in a byte, lowest bits first; 3 and 6 bits leave the two top bits unread."""
     shifts = np.arange(0, 8 - bits + 1, bits)
     fields = (np.arange(256)[:, None] >> shifts) & (2**bits - 1)
     return (fields - 2 ** (bits - 1)).astype(np.int8)

@@ -99,7 +99,7 @@ def dtype_of(part: str, manifest: dict[str, Any]) -> str:
         return "fp32"
     recipe = manifest["recipe"]
     bits = recipe["bits"] if part == "decoder" else int(schemes[part][1])
-    return "int8" if bits == 8 else "q4"
+    return "int8" if bits > 4 else "q4"
 
 
 def _bare_embedding(parts: ExportParts, *, with_modality: bool) -> None:

@@ -9,6 +9,7 @@ namespace splitq {
 void RunAvx2Bits2(const PanelProduct& product);
 void RunAvx2Bits3(const PanelProduct& product);
 void RunAvx2Bits4(const PanelProduct& product);
+void RunAvx2Bits6(const PanelProduct& product);
 void RunAvx2Bits8(const PanelProduct& product);
 
 void RunBlocksAvx2Bits2(const BlockProduct& product);

@@ -71,6 +71,12 @@ template <int bits, int field>
 SPLITQ_INLINE __m512i LoadCodes(const uint8_t* block) {
   if constexpr (bits == 8) {
     return Load(block);
+  } else if constexpr (bits == 6) {
+    if constexpr (field < 3) return Mask(Load(block + field * kVectorBytes), 63);
+    const __m512i low = _mm512_srli_epi16(Load(block), 6);
+    const __m512i middle = _mm512_srli_epi16(Load(block + kVectorBytes), 4);
+    const __m512i high = _mm512_srli_epi16(Load(block + 2 * kVectorBytes), 2);
+    return Mask(Select(3, low, Select(12, middle, high)), 63);
   } else if constexpr (bits != 3) {
     return Mask(_mm512_srli_epi16(Load(block), field * bits), Layout<bits>::kMaxCode);
   } else if constexpr (field < 6) {
@@ -367,6 +373,7 @@ SPLITQ_INLINE void RunBlocks(const BlockProduct& product) {
 void RunAvx512VnniBits2(const PanelProduct& product) { Run<2, kSums>(product, nullptr); }
 void RunAvx512VnniBits3(const PanelProduct& product) { Run<3, kSums>(product, nullptr); }
 void RunAvx512VnniBits4(const PanelProduct& product) { Run<4, kSums>(product, nullptr); }
+void RunAvx512VnniBits6(const PanelProduct& product) { Run<6, kSums>(product, nullptr); }
 void RunAvx512VnniBits8(const PanelProduct& product) { Run<8, kSums>(product, nullptr); }
 
 void RunTermsAvx512VnniBits2(const PanelProduct& product, const TermsOutput& output) {
@@ -378,6 +385,9 @@ void RunTermsAvx512VnniBits3(const PanelProduct& product, const TermsOutput& out
 void RunTermsAvx512VnniBits4(const PanelProduct& product, const TermsOutput& output) {
   RunTerms<4>(product, output);
 }
+void RunTermsAvx512VnniBits6(const PanelProduct& product, const TermsOutput& output) {
+  RunTerms<6>(product, output);
+}
 void RunTermsAvx512VnniBits8(const PanelProduct& product, const TermsOutput& output) {
   RunTerms<8>(product, output);
 }
@@ -385,6 +395,7 @@ void RunTermsAvx512VnniBits8(const PanelProduct& product, const TermsOutput& out
 void RunBlocksAvx512VnniBits2(const BlockProduct& product) { RunBlocks<2>(product); }
 void RunBlocksAvx512VnniBits3(const BlockProduct& product) { RunBlocks<3>(product); }
 void RunBlocksAvx512VnniBits4(const BlockProduct& product) { RunBlocks<4>(product); }
+void RunBlocksAvx512VnniBits6(const BlockProduct& product) { RunBlocks<6>(product); }
 void RunBlocksAvx512VnniBits8(const BlockProduct& product) { RunBlocks<8>(product); }
 
 }  // namespace splitq

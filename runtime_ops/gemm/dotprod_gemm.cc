@@ -66,6 +66,7 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
 void RunDotprodBits2(const PanelProduct& product) { RunEachPanel<Run<2>>(product); }
 void RunDotprodBits3(const PanelProduct& product) { RunEachPanel<Run<3>>(product); }
 void RunDotprodBits4(const PanelProduct& product) { RunEachPanel<Run<4>>(product); }
+void RunDotprodBits6(const PanelProduct& product) { RunEachPanel<Run<6>>(product); }
 void RunDotprodBits8(const PanelProduct& product) { RunEachPanel<Run<8>>(product); }
 
 }  // namespace splitq

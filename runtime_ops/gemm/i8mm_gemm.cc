@@ -104,6 +104,7 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
 void RunI8mmBits2(const PanelProduct& product) { RunEachPanel<Run<2, RunDotprodBits2>>(product); }
 void RunI8mmBits3(const PanelProduct& product) { RunEachPanel<Run<3, RunDotprodBits3>>(product); }
 void RunI8mmBits4(const PanelProduct& product) { RunEachPanel<Run<4, RunDotprodBits4>>(product); }
+void RunI8mmBits6(const PanelProduct& product) { RunEachPanel<Run<6, RunDotprodBits6>>(product); }
 void RunI8mmBits8(const PanelProduct& product) { RunEachPanel<Run<8, RunDotprodBits8>>(product); }
 
 }  // namespace splitq

@@ -9,16 +9,19 @@ namespace splitq {
 void RunNeonBits2(const PanelProduct& product);
 void RunNeonBits3(const PanelProduct& product);
 void RunNeonBits4(const PanelProduct& product);
+void RunNeonBits6(const PanelProduct& product);
 void RunNeonBits8(const PanelProduct& product);
 
 void RunDotprodBits2(const PanelProduct& product);
 void RunDotprodBits3(const PanelProduct& product);
 void RunDotprodBits4(const PanelProduct& product);
+void RunDotprodBits6(const PanelProduct& product);
 void RunDotprodBits8(const PanelProduct& product);
 
 void RunI8mmBits2(const PanelProduct& product);
 void RunI8mmBits3(const PanelProduct& product);
 void RunI8mmBits4(const PanelProduct& product);
+void RunI8mmBits6(const PanelProduct& product);
 void RunI8mmBits8(const PanelProduct& product);
 
 void SetTermsNeon(const PanelSums& panel, float* terms);

@@ -1,6 +1,6 @@
 // Reads: layout 1, all bit widths. Tile: 2 rows x 16 channels, the row left over alone. Features:
 // NEON.
-// Exactness: int32, exact. Below 8 bits the four products of a chunk, each at most 15 * 128 in
+// Exactness: int32, exact. Up to 6 bits the four products of a chunk, each at most 63 * 128 in
 // magnitude, are added in 16 bits and then go to 32; at 8 bits two of 128 * 128 would be too much,
 // and each product goes to 32 bits alone.
 // Idea: a quad of a row, twice in a register, times two channels of the panel; a channel's sum lies
@@ -92,6 +92,7 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
 void RunNeonBits2(const PanelProduct& product) { RunEachPanel<Run<2>>(product); }
 void RunNeonBits3(const PanelProduct& product) { RunEachPanel<Run<3>>(product); }
 void RunNeonBits4(const PanelProduct& product) { RunEachPanel<Run<4>>(product); }
+void RunNeonBits6(const PanelProduct& product) { RunEachPanel<Run<6>>(product); }
 void RunNeonBits8(const PanelProduct& product) { RunEachPanel<Run<8>>(product); }
 
 }  // namespace splitq

@@ -24,8 +24,8 @@ constexpr int kQuarters = 4;
 constexpr int64_t kQuarterBytes = kVectorBytes / kQuarters;  // one register
 constexpr int64_t kQuarterChannels = kPanel / kQuarters;
 
-// A step is whole chunks in whole blocks: 4, 2 and 1 blocks of 8, 4 and 2 bits are one chunk, a
-// block of 3 bits is two. Numbers of the layout are constants here: no function of it is called.
+// A step is whole chunks in whole blocks: 4, 2, 1 and 1 blocks of 8, 4, 2 and 6 bits are one chunk,
+// a block of 3 bits is two. Numbers of the layout are constants here: no function of it is called.
 template <int bits>
 struct Layout {
   static constexpr int64_t kBlock = BlockChannels(bits);
@@ -48,7 +48,13 @@ SPLITQ_INLINE uint8x16_t Field(uint8x16_t value) {
 // Stored codes of field `field` of a block. quarter: its first byte in the block.
 template <int bits, int field>
 SPLITQ_INLINE uint8x16_t LoadStored(const uint8_t* quarter) {
-  if constexpr (bits != 3) {
+  if constexpr (bits == 6) {
+    if constexpr (field < 3) return Field<0, 63>(vld1q_u8(quarter + field * kVectorBytes));
+    const uint8x16_t low = Field<6, 3>(vld1q_u8(quarter));
+    const uint8x16_t middle = Field<4, 12>(vld1q_u8(quarter + kVectorBytes));
+    const uint8x16_t high = Field<2, 48>(vld1q_u8(quarter + 2 * kVectorBytes));
+    return vorrq_u8(low, vorrq_u8(middle, high));
+  } else if constexpr (bits != 3) {
     return Field<field * bits, (1 << bits) - 1>(vld1q_u8(quarter));
   } else if constexpr (field < 6) {
     return Field<field % 2 * 3, 7>(vld1q_u8(quarter + field / 2 * kVectorBytes));

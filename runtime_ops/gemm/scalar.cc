@@ -77,6 +77,7 @@ void Run(const PanelProduct& product) {
 void RunScalar2(const PanelProduct& product) { RunEachPanel<Run<2>>(product); }
 void RunScalar3(const PanelProduct& product) { RunEachPanel<Run<3>>(product); }
 void RunScalar4(const PanelProduct& product) { RunEachPanel<Run<4>>(product); }
+void RunScalar6(const PanelProduct& product) { RunEachPanel<Run<6>>(product); }
 void RunScalar8(const PanelProduct& product) { RunEachPanel<Run<8>>(product); }
 
 }  // namespace splitq

@@ -9,6 +9,7 @@ namespace splitq {
 void RunScalar2(const PanelProduct& product);
 void RunScalar3(const PanelProduct& product);
 void RunScalar4(const PanelProduct& product);
+void RunScalar6(const PanelProduct& product);
 void RunScalar8(const PanelProduct& product);
 
 void SetTermsScalar(const PanelSums& panel, float* terms);

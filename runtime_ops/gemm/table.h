@@ -12,7 +12,7 @@ List<GemmKernel> AllKernels();
 List<TermKernels> AllTermKernels();
 
 // The first kernel of the list for this bit width that needs no more than `isa`.
-// bits: 2, 3, 4 or 8.
+// bits: 2, 3, 4, 6 or 8.
 const GemmKernel& FindKernel(int bits, Isa isa);
 
 // The term kernels of this instruction set or the best one below it.

@@ -121,7 +121,7 @@ int64_t Node::Int(const char* attribute, int64_t low, int64_t high,
 int Node::BitWidth(const char* attribute, std::optional<int64_t> fallback) const {
   const int64_t bits = Int(attribute, 2, 8, fallback);
   if (!IsBitWidth(bits)) {
-    Fail("attribute " + Quoted(attribute) + " out of 2, 3, 4, 8", std::to_string(bits),
+    Fail("attribute " + Quoted(attribute) + " out of 2, 3, 4, 6, 8", std::to_string(bits),
          kExportAgain);
   }
   return static_cast<int>(bits);

@@ -45,7 +45,7 @@ void CheckFields(const Node& node, const std::string& name, const PackedHeader& 
 }
 
 ONNXTensorElementDataType PortableType(int bits) {
-  return bits == 8 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4;
+  return bits > 4 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4;
 }
 
 void SettleForm(const Node& node, const std::string& name, bool packed, WeightForm* form) {
@@ -109,7 +109,7 @@ void WeightInput::ReadPortable(const Node& node, const std::string& name, const 
   }
   std::vector<uint8_t> packed(
       static_cast<size_t>(PayloadBytes(spec.channels_in, spec.channels_out, spec.bits)));
-  const PortableCodes portable{codes.as<uint8_t>(), spec.bits != 8};
+  const PortableCodes portable{codes.as<uint8_t>(), spec.bits <= 4};
   const int64_t bad = Pack(portable, spec.channels_in, spec.channels_out, spec.bits, packed.data());
   if (bad >= 0) {
     node.Fail(name + " with codes of " + std::to_string(spec.bits) + " bits",

@@ -12,6 +12,7 @@
 //      2  4  1  u0 in 0-1, u1 in 2-3, u2 in 4-5, u3 in 6-7
 //      3  8  3  vector v: u[2v] in 0-2, u[2v+1] in 3-5; bits 6-7 of the three vectors hold, lowest
 //               first, the three bits of u6 and then the three bits of u7
+//      6  4  3  vector v: u[v] in 0-5; bits 6-7 of the three vectors hold, lowest first, u3
 #pragma once
 
 #include <cstdint>
@@ -27,11 +28,16 @@ inline constexpr int64_t kVectorBytes = kPanel * kQuad;
 // The longest sum of products of two int8 codes that int32 holds: 131071 * 128 * 128 < 2^31.
 inline constexpr int64_t kMaxChannelsIn = 131071;
 
-constexpr bool IsBitWidth(int64_t bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+constexpr bool IsBitWidth(int64_t bits) {
+  return bits == 2 || bits == 3 || bits == 4 || bits == 6 || bits == 8;
+}
 
-constexpr int FieldsPerBlock(int bits) { return bits == 3 ? 8 : 8 / bits; }
+// Whether the last fields of a block lie in the two top bits of its three vectors.
+constexpr bool IsSpread(int bits) { return bits == 3 || bits == 6; }
 
-constexpr int VectorsPerBlock(int bits) { return bits == 3 ? 3 : 1; }
+constexpr int FieldsPerBlock(int bits) { return IsSpread(bits) ? 24 / bits : 8 / bits; }
+
+constexpr int VectorsPerBlock(int bits) { return IsSpread(bits) ? 3 : 1; }
 
 constexpr int64_t BlockChannels(int bits) { return kQuad * FieldsPerBlock(bits); }
 
@@ -48,13 +54,16 @@ constexpr int64_t PayloadBytes(int64_t channels_in, int64_t channels_out, int bi
 // Stored code of one field; `byte` is 4 * n + i.
 template <int bits>
 inline int LoadField(const uint8_t* block, int field, int byte) {
-  if constexpr (bits != 3) {
-    return (block[byte] >> (field * bits)) & ((1 << bits) - 1);
+  constexpr int kMaxCode = (1 << bits) - 1;
+  if constexpr (!IsSpread(bits)) {
+    return (block[byte] >> (field * bits)) & kMaxCode;
   } else {
-    if (field < 6) return (block[field / 2 * kVectorBytes + byte] >> (field % 2 * 3)) & 7;
-    const int high = (block[byte] >> 6) | (block[kVectorBytes + byte] >> 6 << 2) |
-                     (block[2 * kVectorBytes + byte] >> 6 << 4);
-    return field == 6 ? high & 7 : high >> 3;
+    constexpr int kFieldsPerByte = 6 / bits;
+    const int vector = field / kFieldsPerByte, shift = field % kFieldsPerByte * bits;
+    if (vector < 3) return (block[vector * kVectorBytes + byte] >> shift) & kMaxCode;
+    const int top = (block[byte] >> 6) | (block[kVectorBytes + byte] >> 6 << 2) |
+                    (block[2 * kVectorBytes + byte] >> 6 << 4);
+    return (top >> shift) & kMaxCode;
   }
 }
 
@@ -65,16 +74,13 @@ inline void StoreField(uint8_t* block, int field, int byte, int code) {
     uint8_t& target = block[vector * kVectorBytes + byte];
     target = static_cast<uint8_t>(target | value);
   };
-  if constexpr (bits != 3) {
+  if constexpr (!IsSpread(bits)) {
     merge(0, code << (field * bits));
-  } else if (field < 6) {
-    merge(field / 2, code << (field % 2 * 3));
-  } else if (field == 6) {
-    merge(0, (code & 3) << 6);
-    merge(1, code >> 2 << 6);
   } else {
-    merge(1, (code & 1) << 7);
-    merge(2, code >> 1 << 6);
+    constexpr int kFieldsPerByte = 6 / bits;
+    const int vector = field / kFieldsPerByte, moved = code << (field % kFieldsPerByte * bits);
+    if (vector < 3) return merge(vector, moved);
+    for (int v = 0; v < 3; ++v) merge(v, (moved >> (2 * v) & 3) << 6);
   }
 }
 

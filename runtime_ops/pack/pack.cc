@@ -60,6 +60,8 @@ int64_t Pack(const PortableCodes& codes, int64_t channels_in, int64_t channels_o
       return PackAll<3>(codes, channels_in, channels_out, payload);
     case 4:
       return PackAll<4>(codes, channels_in, channels_out, payload);
+    case 6:
+      return PackAll<6>(codes, channels_in, channels_out, payload);
     default:
       return PackAll<8>(codes, channels_in, channels_out, payload);
   }

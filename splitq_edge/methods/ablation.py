@@ -76,7 +76,7 @@ def _options(config: QuantConfig) -> Iterator[tuple[str, QuantConfig]]:
         "activation_symmetric": (True, False) if config.activation_bits < 8 else (True,),
         "kv_cache_bits": (0, 8, 4),
         "vision": ("none", "W8A8", "W4A8", "W4A4"),
-        "lm_head": ("none", "W8A8", "W4A8"),
+        "lm_head": ("none", "W8A8", "W6A8", "W4A8"),
     }
     for setting, values in changes.items():
         for value in values:

@@ -10,7 +10,7 @@ from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.kv_cache import dequantize_cache, quantize_cache
 from splitq_edge.quant.transforms import apply_transform
 
-SHARED_BITS = 8  # of an output projection whose codes can serve as embedding: no runtime gathers 4-bit integers
+SHARED_BITS = (8, 6)  # of an output projection whose codes can serve as embedding: no runtime gathers 4-bit integers
 
 
 class QuantizedEmbedding(nn.Module):
@@ -66,6 +66,7 @@ class HeadEmbedding(nn.Module):
         super().__init__()
         self.head = [head]  # in a list: no module of the embedding's
         main = head.groups["main"]
+        self.bits = main.bits
         self.register_buffer("codes", main.qweight if codes is None else codes)
         self.register_buffer("scale", main.scale)
         self.register_buffer("channel_scale", head.channel_scale)
@@ -89,4 +90,4 @@ class HeadEmbedding(nn.Module):
 
 def can_share(head: SplitLinear | None) -> bool:
     """Whether a quantized output projection can serve as embedding."""
-    return head is not None and head.groups["main"].bits == SHARED_BITS and head.widths[1:] == (0, 0)
+    return head is not None and head.groups["main"].bits in SHARED_BITS and head.widths[1:] == (0, 0)

@@ -19,7 +19,7 @@ def symmetric_scale(absmax: torch.Tensor, bits: int, clip: float | torch.Tensor 
 
     Args:
         absmax: any shape, float32, maximum magnitudes.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         clip: clip factor in (0, 1].
 
     Returns:
@@ -34,7 +34,7 @@ def quantize_symmetric(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch
     Args:
         x: float32.
         scale: float32, broadcastable to x.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
 
     Returns:
         Integer-valued float32 of x's shape (float, so that it can be multiplied without conversion).
@@ -50,7 +50,7 @@ def quantize_rows(
 
     Args:
         x: [..., K] float32.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         clip: clip factor in (0, 1].
         symmetric: False shifts the range by an integer zero point, which is already subtracted from the codes returned
             (below 8 bits only, so that they fit int8).
@@ -77,7 +77,7 @@ def quantize_weight(
 
     Args:
         weight: [K, N] float32 (K input channels).
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         group_size: 0 for one scale an output channel; else consecutive input channels a scale, the last group may be
             shorter.
         clip: clip factor in (0, 1], scalar or broadcastable to the scale.

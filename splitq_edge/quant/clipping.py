@@ -17,7 +17,7 @@ def search_weight_clip(
 
     Args:
         weight: [K, N] float32.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         group_size: 0 or input channels a scale.
         importance: [K] float32, weight of an input channel's error (its mean squared activation), None for ones.
 
@@ -54,7 +54,7 @@ def search_activation_clip(rows: torch.Tensor, bits: int, *, symmetric: bool, la
 
     Args:
         rows: [T, K] float32, transformed calibration rows of one channel group.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         symmetric: of the quantizer.
         largest: factors above it are not tried.
     """

@@ -62,7 +62,7 @@ def fake_quantize_weight(
 
     Args:
         weight: [K, N] float32.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         group_size: 0 or input channels a scale.
         clip: clip factor, broadcastable to the scale ([N] or [groups, N]).
 

@@ -39,6 +39,9 @@ static __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* values) {
 #define RunAvx512VnniBits4 RunEmulatedBits4
 #define RunTermsAvx512VnniBits4 RunTermsEmulatedBits4
 #define RunBlocksAvx512VnniBits4 RunBlocksEmulatedBits4
+#define RunAvx512VnniBits6 RunEmulatedBits6
+#define RunTermsAvx512VnniBits6 RunTermsEmulatedBits6
+#define RunBlocksAvx512VnniBits6 RunBlocksEmulatedBits6
 #define RunAvx512VnniBits8 RunEmulatedBits8
 #define RunTermsAvx512VnniBits8 RunTermsEmulatedBits8
 #define RunBlocksAvx512VnniBits8 RunBlocksEmulatedBits8
@@ -53,6 +56,8 @@ constexpr GemmKernel kKernels[] = {
      RunBlocksEmulatedBits3, 32},
     {"qd8_qc4w_8x48c4_emulated", Isa::kAvx512Vnni, 4, RunEmulatedBits4, RunTermsEmulatedBits4,
      RunBlocksEmulatedBits4, 16},
+    {"qd8_qc6w_8x48c4_emulated", Isa::kAvx512Vnni, 6, RunEmulatedBits6, RunTermsEmulatedBits6,
+     RunBlocksEmulatedBits6, 16},
     {"qd8_qc8w_8x48c4_emulated", Isa::kAvx512Vnni, 8, RunEmulatedBits8, RunTermsEmulatedBits8,
      RunBlocksEmulatedBits8, 16},
 };

@@ -18,11 +18,11 @@ from splitq_edge.quant.affine import (
 )
 
 EPS = torch.finfo(torch.float32).eps
-BITS = [2, 3, 4, 8]
+BITS = [2, 3, 4, 6, 8]
 
 
 def test_code_range_is_twos_complement() -> None:
-    assert [code_range(bits) for bits in BITS] == [(-2, 1), (-4, 3), (-8, 7), (-128, 127)]
+    assert [code_range(bits) for bits in BITS] == [(-2, 1), (-4, 3), (-8, 7), (-32, 31), (-128, 127)]
 
 
 def test_symmetric_rows_by_hand() -> None:

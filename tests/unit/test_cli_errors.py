@@ -320,7 +320,7 @@ def test_unknown_scheme_is_a_usage_error_that_lists_the_known(model: Path, out: 
     [
         ("scheme: mine\nbits: 4\n", "missing key 'activation_bits'"),
         ("scheme: mine\nbits: 4\nactivation_bits: 8\nbitz: 3\n", "unknown key 'bitz'; known keys: scheme, bits"),
-        ("scheme: mine\nbits: 5\nactivation_bits: 8\n", "bits: expected one of (2, 3, 4, 8), got 5"),
+        ("scheme: mine\nbits: 5\nactivation_bits: 8\n", "bits: expected one of (2, 3, 4, 6, 8), got 5"),
         ("scheme: W3A3\nbits: 4\nactivation_bits: 8\n", "scheme: expected W4A8, which bits and activation_bits say"),
         ("- 4\n", "expected a mapping"),
         ("a: [\n", "expected a readable YAML file"),

@@ -31,14 +31,14 @@ KINDS = {
 BASE = {"scheme": "test", "bits": 4, "activation_bits": 8}
 
 ALLOWED = [
-    ("", "bits", [2, 3, 4, 8], [0, 1, 5, 6, 7, 9, 16, -4]),
-    ("", "activation_bits", [2, 3, 4, 8], [1, 5, 6, 7, 16]),
+    ("", "bits", [2, 3, 4, 6, 8], [0, 1, 5, 7, 9, 16, -4]),
+    ("", "activation_bits", [2, 3, 4, 6, 8], [1, 5, 7, 16]),
     ("", "group_size", [0, 32, 64, 128], [-1, 1, 16, 48, 96, 256]),
     ("", "transform", ["hadamard", "identity"], ["", "Hadamard", "random", None]),
     ("", "scale", ["none", "smoothquant", "awq", "mbq"], ["", "AWQ", None]),
     ("", "rounding", ["nearest", "gptq", "gptaq"], ["", "rtn", None]),
     ("", "vision", ["none", "W8A8", "W4A8", "W4A4"], ["", "W3A3", "w4a8", None]),
-    ("", "lm_head", ["none", "W8A8", "W4A8"], ["", "W4A4", None]),
+    ("", "lm_head", ["none", "W8A8", "W6A8", "W4A8"], ["", "W4A4", None]),
     ("", "embedding", ["none", "W8", "W4"], ["", "W3", "W8A8", 8]),
     ("", "kv_cache_bits", [0, 4, 8, 16], [-1, 1, 2, 32]),
     ("clip.", "weight", ["none", "search"], ["", "learned", None]),

@@ -81,7 +81,7 @@ WITH_NATIVE = os.environ.get("SPLITQ_EXPECT_NATIVE") == "1" or library_path() is
 ENGINES = BODIES | ({"native": run_native} if WITH_NATIVE else {}) | ({"python": run_python} if WITH_PYTHON else {})
 
 COMMON_AXES = {
-    "activation_bits": [2, 3, 4, 8],
+    "activation_bits": [2, 3, 4, 6, 8],
     "outlier_activation_bits": [8, 8, 4],
     "activation_symmetric": [True, False],
     "residual_bits": [8, 8, 4, 3, 2],
@@ -104,7 +104,7 @@ RANK_AXES = {
 LINEAR_AXES = {
     **COMMON_AXES,
     **RANK_AXES,
-    "bits": [2, 3, 4, 8],
+    "bits": [2, 3, 4, 6, 8],
     "block_size": [0, 32, 64, 128],
     "outlier_bits": [4, 4, 2, 3, 8],
     "correction_bits": [4, 4, 2, 3, 8],
@@ -153,7 +153,7 @@ CORRECTION_AXES = {
     **RANK_AXES,
     "ranks": RANK_AXES["ranks"][1:],
     "K": [32, 40, 96, 160],
-    "bits": [2, 3, 4, 8],
+    "bits": [2, 3, 4, 6, 8],
     **FEED_AXES,
 }
 CORRECTION_CASES = [case_of(CrossModalCorrectionSpec, point) for point in sample(CORRECTION_AXES, 40, seed=4)]
@@ -261,7 +261,7 @@ def check_codes(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_weights_are_unpacked_at_load_not_at_run_time(bits: int, packed: bool, tmp_path) -> None:
     spec = SplitQLinearSpec(
         K=72,

@@ -27,7 +27,7 @@ CORRECTION = CrossModalCorrectionSpec(K=40, N=33, cws_rank=4)
 @pytest.mark.parametrize(
     ("spec", "change", "message"),
     [
-        (LINEAR, {"bits": 5}, "bits 2, 3, 4 or 8, got 5"),
+        (LINEAR, {"bits": 5}, "bits 2, 3, 4, 6 or 8, got 5"),
         (LINEAR, {"N": 0}, "N above 0, got 0"),
         (LINEAR, {"group_widths": (40, 16, 17)}, "the sum K = 72, got [40, 16, 17]"),
         (LINEAR, {"group_widths": (0, 40, 32)}, "K_m > 0"),
@@ -36,7 +36,7 @@ CORRECTION = CrossModalCorrectionSpec(K=40, N=33, cws_rank=4)
         (LINEAR, {"mac_rank": 4, "mac_rows": "vision"}, "mac_rows text or all, got 'vision'"),
         (LINEAR, {"activation_symmetric": False}, "activation_bits below 8"),
         (SPLIT, {"group_widths": (56, 16, 0), "transforms": (True, True, True)}, "the empty vision group"),
-        (SPLIT, {"residual_bits": 1}, "residual_bits 2, 3, 4 or 8, got 1"),
+        (SPLIT, {"residual_bits": 1}, "residual_bits 2, 3, 4, 6 or 8, got 1"),
         (CORRECTION, {"cws_rank": 0}, "a rank above 0"),
     ],
 )

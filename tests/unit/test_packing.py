@@ -12,8 +12,8 @@ from splitq_edge.errors import ArtifactError
 from splitq_edge.runtime_ops import register
 from splitq_edge.runtime_ops.packing import int4_bytes, pack, payload_bytes, unpack
 
-BITS = (2, 3, 4, 8)
-FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}
+BITS = (2, 3, 4, 6, 8)
+FIELDS = {2: 4, 3: 8, 4: 2, 6: 4, 8: 1}
 HEADER_BYTES = 64
 
 
@@ -24,12 +24,10 @@ def random_codes(bits: int, shape: tuple[int, int]) -> np.ndarray:
 
 def bits_of_byte(bits: int, vector: int, u: list[int]) -> int:
     """The table of docs/ops.md, one row a bit width."""
-    if bits == 8:
-        return u[0]
-    if bits == 4:
-        return u[0] | u[1] << 4
-    if bits == 2:
-        return u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6
+    if bits in (8, 4, 2):
+        return sum(code << field * bits for field, code in enumerate(u))
+    if bits == 6:
+        return u[vector] | (u[3] >> 2 * vector & 3) << 6
     low = u[2 * vector] | u[2 * vector + 1] << 3
     if vector == 0:
         return low | (u[6] & 0b011) << 6
@@ -44,7 +42,7 @@ def packed_by_loops(q: np.ndarray, bits: int) -> bytes:
     out = bytearray()
     for n0 in range(0, channels_out, 16):
         for k0 in range(0, channels_in, step):
-            for vector in range(3 if bits == 3 else 1):
+            for vector in range(3 if bits in (3, 6) else 1):
                 for byte in range(64):
                     n, i = n0 + byte // 4, byte % 4
                     inputs = [k0 + 4 * f + i for f in range(FIELDS[bits])]
@@ -78,8 +76,9 @@ def test_unpack_returns_what_was_packed(bits, shape):
     assert (got_bits, block_size) == (bits, 32)
 
 
-def test_three_bits_take_three_bits():
-    assert payload_bytes(64, 32, 3) * 8 == 64 * 32 * 3
+@pytest.mark.parametrize("bits", BITS)
+def test_no_bit_is_wasted(bits):
+    assert payload_bytes(64, 32, bits) * 8 == 64 * 32 * bits
 
 
 def test_header_has_the_documented_fields():
@@ -153,7 +152,7 @@ def test_an_odd_number_of_int4_codes_ends_with_a_zero_nibble():
 
 
 @pytest.mark.skipif("native" not in site_engines(), reason="no native library")
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_any_payload_runs_natively(bits):
     # Loading reads no checksum, so the kernels must be safe on every byte there can be.
     site, _ = random_site(no_split(bits=bits), widths=(72, 0, 0), outputs=(33,))
