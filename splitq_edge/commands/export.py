@@ -40,7 +40,7 @@ from splitq_edge.runtime_ops.verify import ParityRow, disagreements, verify_pari
 
 logger = logging.getLogger(__name__)
 
-LM_HEAD, EMBEDDING = "W8A8", "W8"  # of an export without a recipe file; the presets themselves leave both in float
+LM_HEAD, EMBEDDING = "W6A8", "W8"  # of an export without a recipe file; the presets themselves leave both in float
 
 
 @dataclass(frozen=True)

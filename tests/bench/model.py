@@ -5,9 +5,9 @@
 Every engine holds its model in a process of its own (model_engines.py), loaded from the disk. Every round asks each of
 them in turn for a prompt and the steps behind it; a value is the median over the rounds. All models have random
 weights: time does not depend on them. Embedding the tokens is left out of our times; it is a row to copy. "MatMulNBits"
-is our graph with ONNX Runtime's 4-bit layers in blocks of 128 at accuracy level 4 and an 8-bit head like ours; "genai
-int4" what the model builder makes by itself, 4-bit blocks of 32 with the head among them. llama.cpp stores a tied head
-in 6 or 8 bits. Behind the rows it prints their ratios (model_goals.py).
+is our graph with ONNX Runtime's 4-bit layers in blocks of 128 at accuracy level 4 and an 8-bit head; "genai int4" what
+the model builder makes by itself, 4-bit blocks of 32 with the head among them. llama.cpp stores a tied head in 6 or 8
+bits, ours has 6 (8 at W8A8). Behind the rows it prints their ratios (model_goals.py).
 """
 
 from __future__ import annotations

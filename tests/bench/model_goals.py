@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 FOUR_BITS = ("Q4_0", "Q4_K_M")  # of llama.cpp
-LIKE_OTHERS = ("W4A8", "W4A8 float32 cache", "W4A8 4-bit head")  # what others have
+LIKE_OTHERS = ("W4A8", "W4A8 float32 cache", "W4A8 8-bit head", "W4A8 4-bit head")  # what others have
 SPARE_MB = 150  # that a process may take beside 1.15 times its file and the cache
 
 Row = dict[str, Any]

@@ -22,6 +22,7 @@ from torch import nn
 from splitq_edge.adapters import llama
 from splitq_edge.adapters.adapter import Site
 from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_json
+from splitq_edge.commands.export import LM_HEAD
 from splitq_edge.config import CorrectionConfig, QuantConfig, SplitConfig, preset
 from splitq_edge.convert import QuantizedModel
 from splitq_edge.correction.low_rank import rank_of
@@ -36,7 +37,8 @@ from splitq_edge.quant.kv_cache import HALF_BITS
 from splitq_edge.quant.transforms import factor_pair, orthogonal_start
 from splitq_edge.splitting.plan import outlier_width
 
-HEAD_BITS = 8  # unless a recipe says otherwise
+HEAD_BITS = int(LM_HEAD[1])  # unless a recipe says otherwise
+PEER_HEAD_BITS = 8  # of MatMulNBits
 ATTENTION = "fused"
 FLOAT_WEIGHTS = ("fp32", "MatMulNBits")  # graphs whose layers are not ours
 PLAIN = {"transform": "identity", "scale": "none", "split": SplitConfig(ratio=0), "correction": CorrectionConfig(0, 0)}
@@ -47,6 +49,7 @@ WITHOUT = {
 }
 WITH = {
     "float32 cache": {"kv_cache_bits": 0},
+    "8-bit head": {"lm_head": "W8A8"},
     "4-bit head": {"lm_head": "W4A8"},
 }
 CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, **WITHOUT, **WITH}
@@ -63,6 +66,8 @@ def recipe(scheme: str) -> QuantConfig:
     label, _, change = scheme.partition(" ")
     config = preset("W4A8" if label == "W8A8" else label)
     config = replace(config, scheme=label, bits=int(label[1]), activation_bits=int(label[3]), kv_cache_bits=HALF_BITS)
+    if label == "W8A8":
+        config = replace(config, lm_head="W8A8")
     return replace(config, **CHANGES[change]) if change else config
 
 
@@ -293,7 +298,7 @@ def replace_sites(model: ir.Model, sites: dict[str, SplitLinear], *, peer: bool)
         made[k, n] += 1
         name = f"{node.name}.peer"
         if peer:
-            bits = HEAD_BITS if node.name == "lm_head" else 4
+            bits = PEER_HEAD_BITS if node.name == "lm_head" else 4
             weight = np.random.default_rng(made[k, n]).integers(0, 256, (n, -(-k // 128), 16 * bits), dtype=np.uint8)
             scale = np.full((n, -(-k // 128)), 0.002, np.float32)
             new = ir.node(
