@@ -82,6 +82,8 @@ class GenaiGenerator:
         self._genai = onnxruntime_genai
         self._prompts = Generator(model)
         self._manifest = model.manifest
+        for part in model.parts:
+            model.read_weights(part)
         try:
             config = onnxruntime_genai.Config(str(model.folder))
             if model.threads:

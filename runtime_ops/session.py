@@ -19,6 +19,7 @@ from splitq_edge.artifacts import read_export
 from splitq_edge.errors import ArtifactError, SplitQError
 from splitq_edge.image_layout import ImageLayout
 from splitq_edge.runtime_ops.cache import BufferCache, Cache, empty_buffers, empty_returned
+from splitq_edge.runtime_ops.page_cache import read_through
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,18 @@ class ExportedModel:
     def _open(self, part: str) -> ort.InferenceSession:
         options = self.session_options(part)
         remedy = "update onnxruntime to 1.32" if self._too_old(part) else "export the model again"
-        return open_session(self.folder / self.manifest["parts"][part]["file"], options, remedy)
+        self.read_weights(part)
+        return open_session(self._path(part), options, remedy)
+
+    def read_weights(self, part: str) -> None:
+        """Have the files with a part's large tensors read before a session maps them, see `page_cache.read_through`."""
+        path = self._path(part)
+        shared = self.manifest["parts"][part].get("shared_data", ())
+        for name in (f"{path.name}.data", f"{path.name}_data", *shared):
+            read_through(path.with_name(name))
+
+    def _path(self, part: str) -> Path:
+        return self.folder / self.manifest["parts"][part]["file"]
 
     def _too_old(self, part: str) -> bool:
         """Whether the runtime lacks an input of the fused attention."""

@@ -50,7 +50,8 @@ class StaticModel(ExportedModel):
         options.intra_op_num_threads = self.threads
         # ONNX Runtime would otherwise round the activations of products with constant integers to int8.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        return open_session(self.folder / self.manifest["parts"][part]["file"], options, "export the model again")
+        self.read_weights(part)
+        return open_session(self._path(part), options, "export the model again")
 
     def encode_images(self, pictures: np.ndarray | Mapping[str, np.ndarray] | None) -> np.ndarray:
         """See `ExportedModel.encode_images`; one image or tile a run."""

@@ -1,4 +1,4 @@
-"""The tables of the model card and its plot, from results.json.
+"""The tables of the model card and its plot, from results.json and, of a second seed, results-seed1.json.
 
     python models/smolvqa-135m/tables.py [--plot docs/accuracy-smolvqa-135m.png] [--check]
 
@@ -8,6 +8,7 @@ prints Markdown: the average of the six tasks by method and scheme, every scheme
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ ABLATIONS = {
     "mac": "rows that MAC works on",
     "bits": "peers whose group scales give them no fewer bits",
 }
+SECOND_SEED = "results-seed1.json"  # a file holds rows of one seed
 
 
 class Table:
@@ -90,6 +92,27 @@ class Table:
                     yield ""
                     yield from self.by_task(f"{scheme}, {title}", means)
 
+    def again(self, other: Table) -> Iterator[str]:
+        """Components that another seed has, too: other calibration samples in another order, other questions."""
+        yield "Components with another seed (`--seed 1`: other calibration samples, other questions), average and mean KL:"
+        yield ""
+        yield "| | seed 0 | KL | seed 1 | KL |"
+        yield "|---|---:|---:|---:|---:|"
+        for (scheme, method), mean in other.means.items():
+            if not method.startswith("components"):
+                continue
+            first = self.means[scheme, method]
+            cells = [
+                cell
+                for table, row in ((self, first), (other, mean))
+                for cell in (_percent(row.accuracy, row.stderr), f"{table.kl(scheme, method):.3f}")
+            ]
+            yield f"| {scheme}, {method.partition(': ')[2]} | {' | '.join(cells)} |"
+
+    def kl(self, scheme: str, method: str) -> float:
+        """Mean KL of the six tasks."""
+        return statistics.fmean(self.rows[scheme, method, task].kl for task in TASKS)
+
 
 def _percent(share: float, stderr: float) -> str:
     return f"{100 * share:.2f} ± {100 * stderr:.2f}"
@@ -131,7 +154,7 @@ def plot(table: Table, path: Path) -> None:
 def main(picture: Path | None, check: bool) -> None:
     """Print the tables."""
     table = Table(Results(FOLDER / "results.json", MODEL).rows)
-    lines = list(table.all_tables())
+    lines = [*table.all_tables(), "", *table.again(Table(Results(FOLDER / SECOND_SEED, MODEL).rows))]
     if picture is not None:
         plot(table, picture)
     if not check:

@@ -40,6 +40,7 @@ def ours(path: Path, threads: int, clock: Clock) -> Timed:
     model = ExportedModel(path, native=True, threads=threads)
     options = model.session_options("decoder")
     options.add_session_config_entry("session.force_spinning_stop", "1")  # other engines take turns with this one
+    model.read_weights("decoder")
     model.use_session("decoder", ort.InferenceSession(str(path / "decoder.onnx"), options))
     size = (1, LONGEST, model.manifest["hidden_size"])
     modality, mask = np.zeros((1, LONGEST), np.int8), np.ones((1, LONGEST), np.int64)

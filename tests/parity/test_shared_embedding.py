@@ -19,6 +19,7 @@ from splitq_edge.convert import assemble
 from splitq_edge.exporters.export_folder import ExportRequest, write_export
 from splitq_edge.loading import load_model, tied
 from splitq_edge.modules.quantized_embedding import QuantizedEmbedding
+from splitq_edge.runtime_ops import session
 from splitq_edge.runtime_ops.generate import greedy_tokens
 from splitq_edge.runtime_ops.session import ExportedModel
 from splitq_edge.runtime_ops.verify import verify_files, verify_parity
@@ -73,6 +74,23 @@ def test_both_graphs_say_what_torch_says(folder: Path) -> None:
         ids = np.array([[1, 70, 80, 90]])
         said.append(list(greedy_tokens(model, ids, np.ones_like(ids), model.encode_images(None), max_new_tokens=3)))
     np.testing.assert_array_equal(*said)
+
+
+def test_the_files_of_a_part_are_read_before_its_session_maps_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(session, "read_through", read.append)
+    model = ExportedModel(folder, threads=1)
+    model.session("embed_tokens")
+    embed, decoder = (folder / model.manifest["parts"][part]["file"] for part in ("embed_tokens", "decoder"))
+    data = {path for path in embed.parent.iterdir() if path.name.startswith(embed.name) and path != embed}
+    if model.manifest["layout"] != "onnx-community":
+        data.add(decoder.with_name(f"{decoder.name}.data"))
+    assert data <= set(read)
+    read.clear()
+    model.session("decoder")
+    assert [path for path in read if path.exists()] == [next(decoder.parent.glob(f"{decoder.name}?data"))]
 
 
 def test_rows_are_near_the_float_ones(folder: Path) -> None:

@@ -33,10 +33,13 @@ def test_a_row_that_the_card_lacks_is_named(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = Results(tmp_path / "results.json", tables.MODEL)
+    again = Results(tmp_path / "results-seed1.json", tables.MODEL)
     for place, task in enumerate(tables.TASKS):
         results.put(row("fp32", "none", task, 0.9))
         results.put(row("splitq, 4 epochs", "W3A3", task, 0.8 + place / 100, calibrated_on="cuda"))
         results.put(row("mac: all, 4 epochs", "W3A3", task, 0.7))
+        results.put(row("components: +CWS", "W3A2", task, 0.6, kl=0.5))
+        again.put(row("components: +CWS", "W3A2", task, 0.58, kl=0.75, seed=1))
     (tmp_path / "README.md").write_text("nothing\n")
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     result = CliRunner().invoke(tables.main, ["--check"])
@@ -46,6 +49,7 @@ def test_a_row_that_the_card_lacks_is_named(
     expected = "| 80.0 | 81.0 | 82.0 | 83.0 | 84.0 | 85.0 | 82.50 ± 0.41 | 91.7 | 4.00 | 12, GPU |"
     assert f"| splitq, 4 epochs {expected}" in result.output
     assert "| all, 4 epochs | 70.0 |" in result.output
+    assert "| W3A2, +CWS | 60.00 ± 0.41 | 0.500 | 58.00 ± 0.41 | 0.750 |" in result.output
     printed = CliRunner().invoke(tables.main, ["--plot", str(tmp_path / "plot.png")])
     assert printed.exit_code == 0, printed.output
     (tmp_path / "README.md").write_text(printed.output)

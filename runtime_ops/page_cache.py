@@ -1,0 +1,33 @@
+"""Where a model's weights lie in memory once the system has read them from their file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CHUNK = 64 << 20  # bytes a call
+
+
+def read_through(path: Path) -> None:
+    """Have a file read from one end to the other before it is mapped; a file that is in memory costs next to nothing.
+
+    ONNX Runtime maps every large weight by itself and touches it here and there, so that Linux reads it in many pieces
+    and keeps it in single pages of 4 KiB. Read as one stream it comes into pages of up to 2 MiB, whose places the
+    processor finds faster at every step (docs/benchmarks/models.md). Nothing is copied. Elsewhere than on Linux, and of
+    a file that cannot be read, this does nothing: who maps it will tell.
+
+    Args:
+        path: any file.
+    """
+    if not hasattr(os, "sendfile") or not hasattr(os, "posix_fadvise"):  # both: Linux
+        return
+    try:
+        with path.open("rb") as file, open(os.devnull, "wb") as nowhere:
+            done, size = 0, os.fstat(file.fileno()).st_size
+            while done < size:
+                sent = os.sendfile(nowhere.fileno(), file.fileno(), done, min(CHUNK, size - done))
+                if sent == 0:
+                    return
+                done += sent
+    except OSError:
+        return
