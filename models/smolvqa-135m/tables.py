@@ -94,7 +94,7 @@ class Table:
 
     def again(self, other: Table) -> Iterator[str]:
         """Components that another seed has, too: other calibration samples in another order, other questions."""
-        yield "Components with another seed (`--seed 1`: other calibration samples, other questions), average and mean KL:"
+        yield "Components with another seed (`--seed 1`: other samples, other questions), average and mean KL:"
         yield ""
         yield "| | seed 0 | KL | seed 1 | KL |"
         yield "|---|---:|---:|---:|---:|"
