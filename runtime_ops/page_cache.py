@@ -9,17 +9,18 @@ CHUNK = 64 << 20  # bytes a call
 
 
 def read_through(path: Path) -> None:
-    """Have a file read from one end to the other before it is mapped; a file that is in memory costs next to nothing.
+    """Have a file read from one end to the other before it is mapped; one that is in memory stays as it lies there.
 
     ONNX Runtime maps every large weight by itself and touches it here and there, so that Linux reads it in many pieces
-    and keeps it in single pages of 4 KiB. Read as one stream it comes into pages of up to 2 MiB, whose places the
-    processor finds faster at every step (docs/benchmarks/models.md). Nothing is copied. Elsewhere than on Linux, and of
-    a file that cannot be read, this does nothing: who maps it will tell.
+    and keeps much of it in single pages of 4 KiB. Read as one stream it comes into pages of up to 2 MiB where the file
+    system has them (ext4, xfs of a recent kernel), and the processor finds their places faster at every step
+    (docs/benchmarks/models.md). Nothing is copied. Elsewhere than on Linux, and of what is no file or cannot be read,
+    this does nothing: who maps it will tell.
 
     Args:
-        path: any file.
+        path: any path.
     """
-    if not hasattr(os, "sendfile") or not hasattr(os, "posix_fadvise"):  # both: Linux
+    if not hasattr(os, "sendfile") or not hasattr(os, "posix_fadvise") or not path.is_file():  # both: Linux
         return
     try:
         with path.open("rb") as file, open(os.devnull, "wb") as nowhere:

@@ -218,7 +218,7 @@ def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--lm-head",
     type=click.Choice(LM_HEAD_SCHEMES),
     help="Of the output projection: in a small model it is what a token waits longest for; default: as the recipe "
-    "says, without one W6A8 (none with --flavour qdq).",
+    "says, without one W6A8, which only packed files store in 6 bits (none with --flavour qdq).",
 )
 @click.option(
     "--embedding",

@@ -74,7 +74,7 @@ def _place_embedding(loaded: LoadedModel, bits: int, head: SplitLinear | None) -
 
     Args:
         loaded: changed in place.
-        bits: 8 or 4; 8 where the head's weight has 6 that can be shared.
+        bits: 8 or 4; 8 also stands for a shared head of 6 bits.
         head: the quantized output projection that is tied to the embedding, if there is one.
     """
     table = loaded.model.get_input_embeddings()

@@ -113,7 +113,7 @@ class CalibrationState:
         if changed:
             raise SplitQError(
                 f"calibration state {self.folder}: expected the same run, {', '.join(changed)} changed; use the "
-                "options of the first run, or delete the folder to begin anew"
+                f"options of the first run, or delete the folder to begin anew{_recipe_changes(recipe, wanted)}"
             )
         return self.finished()
 
@@ -231,6 +231,16 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _recipe_changes(recipe: Any, header: dict[str, Any]) -> str:
+    """Which settings of the recipe differ, for the end of a message; '' if none or if there is none to compare."""
+    wanted = header.get("recipe")
+    if not isinstance(recipe, dict) or not isinstance(wanted, dict):
+        return ""
+    names = sorted(name for name in {*recipe, *wanted} if recipe.get(name) != wanted.get(name))
+    changes = [f"{name} was {recipe.get(name)!r}, is {wanted.get(name)!r}" for name in names]
+    return f" ({'; '.join(changes)})" if changes else ""
 
 
 def _pack_site(site: SplitLinear) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

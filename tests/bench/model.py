@@ -130,8 +130,8 @@ class Contender:
 def forget(path: Path) -> None:
     """Drop a model's files from the page cache, where the system can.
 
-    What was written just now lies there as it was written, in pages here and there, and is read by up to a tenth slower
-    than what was loaded from a disk, as it is after the machine has started.
+    How fast it is read depends on the pages in which it came there; so all are loaded from the disk, as after the
+    machine has started.
     """
     if not hasattr(os, "posix_fadvise"):
         return

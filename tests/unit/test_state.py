@@ -134,6 +134,16 @@ def test_state_of_another_run_names_what_changed(tmp_path: Path) -> None:
         CalibrationState(tmp_path / "state", other).start(resume=True)
 
 
+def test_settings_that_changed_are_named_with_both_values(tmp_path: Path) -> None:
+    recipe = {"bits": 4, "lm_head": "W8A8"}
+    started(tmp_path / "state")
+    path = tmp_path / "state" / "calibration.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **HEADER, "recipe": recipe}))
+    other = {**HEADER, "recipe": {**recipe, "lm_head": "W6A8"}}
+    with pytest.raises(SplitQError, match=r"recipe changed; .* begin anew \(lm_head was 'W8A8', is 'W6A8'\)$"):
+        CalibrationState(tmp_path / "state", other).start(resume=True)
+
+
 def test_newer_schema_is_not_resumed(tmp_path: Path) -> None:
     started(tmp_path / "state")
     path = tmp_path / "state" / "calibration.json"
