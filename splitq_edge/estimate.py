@@ -13,6 +13,7 @@ from splitq_edge.calibration.extra_sites import check_extras, extra_config, extr
 from splitq_edge.config import QuantConfig
 from splitq_edge.correction.low_rank import rank_of
 from splitq_edge.loading import LoadedModel, tied
+from splitq_edge.modules.quantized_embedding import SHARED_BITS
 from splitq_edge.quant.transforms import factor_pair
 from splitq_edge.splitting.plan import outlier_width
 
@@ -87,7 +88,11 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
     if config.embedding != "none":
         rows, hidden = loaded.model.get_input_embeddings().weight.shape
         everything -= rows * hidden
-        shared = tied(loaded) and config.embedding == "W8" and config.lm_head.startswith(("W8", "W6"))
+        shared = (
+            tied(loaded)
+            and config.embedding == "W8"
+            and config.lm_head.startswith(tuple(f"W{bits}" for bits in SHARED_BITS))
+        )
         extra_bytes["embedding"] = 0 if shared else rows * (hidden * int(config.embedding[1:]) // 8 + 4)
     return Estimate(
         effective_bits=stored / weights,

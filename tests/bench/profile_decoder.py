@@ -31,6 +31,7 @@ def profile(folder: Path, tokens: int, steps: int, threads: int, native: bool) -
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as place:
         options.profile_file_prefix = str(Path(place) / "profile")
+        model.read_weights("decoder")
         session = ort.InferenceSession(str(folder / model.manifest["parts"]["decoder"]["file"]), options)
         model.use_session("decoder", session)
         embeds = np.random.default_rng(0).standard_normal((1, tokens + steps, model.manifest["hidden_size"]))
