@@ -176,9 +176,10 @@ def _with_sites(
 
 def _shared_with_decoder(loaded: LoadedModel, parts: ExportParts, folder: Path) -> dict[str, ir.ExternalTensor]:
     """Initializers of `embed_tokens` that lie in the data of the decoder, which is written already."""
-    if parts.manifest["layout"] not in SHARING_LAYOUTS or not isinstance(
-        loaded.model.get_input_embeddings(), HeadEmbedding
-    ):
+    table = loaded.model.get_input_embeddings()
+    if parts.manifest["layout"] not in SHARING_LAYOUTS or not isinstance(table, HeadEmbedding):
+        return {}
+    if table.bits == 4 and parts.manifest["flavour"] != "packed":  # integers of 4 bits, which no runtime gathers
         return {}
     entry = parts.manifest["parts"]
     stored = external_places(folder / entry["decoder"]["file"])
@@ -213,7 +214,7 @@ def embed_graph(loaded: LoadedModel, features: torch.Tensor, *, packed: bool = F
     flat = features.dim() == 2
     dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "rows" if flat else "images"}}
     embedding = loaded.model.get_input_embeddings()
-    if packed and isinstance(embedding, HeadEmbedding):
+    if isinstance(embedding, HeadEmbedding) and (packed or embedding.bits == 4):
         embedding = PackedHeadEmbedding(embedding)
     model = trace(
         EmbedTokens(embedding, check_exportable(loaded)),

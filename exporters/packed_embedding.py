@@ -10,10 +10,10 @@ from splitq_edge.runtime_ops.packing import FIELDS, HEADER, PANEL, QUAD, VECTORS
 
 
 class PackedHeadEmbedding(HeadEmbedding):
-    """`HeadEmbedding` over the payload of the packed weight (docs/ops.md, layout 1, 8 or 6 bits).
+    """`HeadEmbedding` over the payload of the packed weight (docs/ops.md, layout 1, 8, 6 or 4 bits).
 
     A panel holds 16 tokens; in it the 4 bytes of token n in vector v are piece 16 v + n. Of 8 bits a vector is a block
-    of 4 channels, of 6 bits three vectors are a block of 16.
+    of 4 channels, of 4 bits one of 8, of 6 bits three vectors are a block of 16.
     """
 
     places: torch.Tensor
@@ -34,7 +34,15 @@ class PackedHeadEmbedding(HeadEmbedding):
         pieces = nn.functional.embedding(first[:, None] + self.places, self.codes).float()  # [n, vectors, 4]
         if self.bits == 6:
             pieces = _six_bits(pieces)
+        elif self.bits == 4:
+            pieces = _four_bits(pieces)
         return pieces.flatten(1)[:, : self.hidden] - float(1 << (self.bits - 1))
+
+
+def _four_bits(pieces: torch.Tensor) -> torch.Tensor:
+    """Bytes [n, blocks, 4] to stored codes [n, blocks, 2 fields, 4]."""
+    high = torch.floor(pieces / 16)
+    return torch.stack([pieces - 16 * high, high], 2)
 
 
 def _six_bits(pieces: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def _place_embedding(loaded: LoadedModel, bits: int, head: SplitLinear | None) -
         head: the quantized output projection that is tied to the embedding, if there is one.
     """
     table = loaded.model.get_input_embeddings()
-    if head is not None and bits == 8 and can_share(head) and type(table) is nn.Embedding:
+    if head is not None and can_share(head, bits) and type(table) is nn.Embedding:
         loaded.model.set_input_embeddings(HeadEmbedding(head))
         return
     if tied(loaded):  # the float output projection keeps the weight, which the checkpoint may know by the table's name

@@ -88,12 +88,9 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
     if config.embedding != "none":
         rows, hidden = loaded.model.get_input_embeddings().weight.shape
         everything -= rows * hidden
-        shared = (
-            tied(loaded)
-            and config.embedding == "W8"
-            and config.lm_head.startswith(tuple(f"W{bits}" for bits in SHARED_BITS))
-        )
-        extra_bytes["embedding"] = 0 if shared else rows * (hidden * int(config.embedding[1:]) // 8 + 4)
+        bits = int(config.embedding[1:])
+        shared = tied(loaded) and config.lm_head.startswith(tuple(f"W{head}" for head in SHARED_BITS[bits]))
+        extra_bytes["embedding"] = 0 if shared else rows * (hidden * bits // 8 + 4)
     return Estimate(
         effective_bits=stored / weights,
         decoder_bytes=size * blocks,

@@ -1,8 +1,8 @@
 // Features: AVX-512 F.
-// Idea: four keys with four queries, each pair with a register of sums; the sixteen registers are
-// added up together, as a matrix is turned, into the sixteen scores. Means of up to four rows keep
-// 64 channels in registers. Keys and values are read in the order in which they lie: a decoder's
-// step takes as long as its memory. The softmax is attention/loops.h.
+// Idea: four keys with up to six queries, each pair with a register of sums; eight or sixteen
+// registers are added up together, as a matrix is turned, into as many scores. Means of up to six
+// rows keep 64 channels in registers. Keys and values are read in the order in which they lie: a
+// decoder's step takes as long as its memory. The softmax is attention/loops.h.
 #include <immintrin.h>
 
 #include "attention/loops.h"
@@ -13,7 +13,8 @@
 namespace splitq {
 namespace {
 
-constexpr int kTile = 4;         // keys, queries, registers of a mean
+constexpr int kTile = 4;         // keys, registers of a mean
+constexpr int64_t kRows = 6;     // queries of a tile, at most
 constexpr int64_t kVector = 16;  // numbers of a register
 
 // Numbers where the mask has ones, zeros elsewhere.
@@ -47,20 +48,30 @@ SPLITQ_INLINE __m512 AddLanes(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
 
-// The sum of each of sixteen registers.
-SPLITQ_INLINE __m512 AddUp(const __m512* sums) {
-  __m512 fours[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512* four = sums + 4 * i;
-    fours[i] = AddPairs(AddHalves(four[0], four[1]), AddHalves(four[2], four[3]));
-  }
-  return AddLanes(AddLanes(fours[0], fours[1]), AddLanes(fours[2], fours[3]));
+// Of each of four registers, the sums of every fourth number.
+SPLITQ_INLINE __m512 AddFour(const __m512* sums) {
+  return AddPairs(AddHalves(sums[0], sums[1]), AddHalves(sums[2], sums[3]));
 }
 
-// Scores of four keys: lane 4 r + i is that of query r and key i.
+// The sum of each of sixteen registers.
+SPLITQ_INLINE __m512 AddSixteen(const __m512* sums) {
+  return AddLanes(AddLanes(AddFour(sums), AddFour(sums + 4)),
+                  AddLanes(AddFour(sums + 8), AddFour(sums + 12)));
+}
+
+// The sum of each of eight registers.
+SPLITQ_INLINE __m256 AddEight(const __m512* sums) {
+  const __m512 lanes = AddLanes(AddFour(sums), AddFour(sums + 4));
+  return _mm512_castps512_ps256(AddLanes(lanes, lanes));
+}
+
+// Scores of four keys: scores[4 r + i] is that of query r and key i. Those of rows up to the next
+// even number are written.
 template <int rows, typename Element>
-SPLITQ_INLINE __m512 ScoreKeys(const float* queries, const Element* keys, int64_t width) {
-  __m512 sums[kTile * kTile];
+SPLITQ_INLINE void ScoreKeys(const float* queries, const Element* keys, int64_t width,
+                             float* scores) {
+  constexpr int kSums = (rows + 1) / 2 * 2 * kTile;
+  __m512 sums[kSums];
   for (auto& sum : sums) sum = _mm512_setzero_ps();
   for (int64_t k = 0; k < width; k += kVector) {
     const __mmask16 mask = MaskOf(width - k);
@@ -73,7 +84,10 @@ SPLITQ_INLINE __m512 ScoreKeys(const float* queries, const Element* keys, int64_
       }
     }
   }
-  return AddUp(sums);
+  if constexpr (kSums >= 16) _mm512_storeu_ps(scores, AddSixteen(sums));
+  if constexpr (kSums % 16 != 0) {
+    _mm256_storeu_ps(scores + kSums - 8, AddEight(sums + kSums - 8));
+  }
 }
 
 template <int rows, typename Element>
@@ -82,8 +96,8 @@ SPLITQ_INLINE void ScoreRows(const float* queries, const Element* keys, int64_t 
   int64_t key = 0;
   for (; key + kTile <= count; key += kTile) {
     PrefetchAhead(keys + key * width, kTile * width);
-    alignas(64) float tile[kVector];
-    _mm512_store_ps(tile, ScoreKeys<rows>(queries, keys + key * width, width));
+    float tile[kRows * kTile];
+    ScoreKeys<rows>(queries, keys + key * width, width, tile);
     for (int r = 0; r < rows; ++r) {
       __builtin_memcpy(scores + r * stride + key, tile + r * kTile, kTile * sizeof(float));
     }
@@ -98,6 +112,7 @@ SPLITQ_INLINE void MeanRows(const float* weights, int64_t stride, const Element*
   __mmask16 masks[kTile];
   for (int v = 0; v < kTile; ++v) masks[v] = MaskOf(channels - v * kVector);
   __m512 sums[rows][kTile];
+#pragma GCC unroll 6
   for (auto& row : sums) {
     for (auto& sum : row) sum = _mm512_setzero_ps();
   }
@@ -105,11 +120,13 @@ SPLITQ_INLINE void MeanRows(const float* weights, int64_t stride, const Element*
     PrefetchAhead(values, kTile * kVector);
     __m512 value[kTile];
     for (int v = 0; v < kTile; ++v) value[v] = Load(masks[v], values + v * kVector);
+#pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
       const __m512 weight = _mm512_set1_ps(weights[r * stride + i]);
       for (int v = 0; v < kTile; ++v) sums[r][v] = _mm512_fmadd_ps(weight, value[v], sums[r][v]);
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < kTile; ++v) {
       _mm512_mask_storeu_ps(means + r * width + v * kVector, masks[v], sums[r][v]);
@@ -117,20 +134,46 @@ SPLITQ_INLINE void MeanRows(const float* weights, int64_t stride, const Element*
   }
 }
 
+SPLITQ_INLINE int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows of each tile but the last, of as many rows: the fewest tiles, of nearly the same size.
+SPLITQ_INLINE int64_t TileRows(int64_t rows) {
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  return tiles == 0 ? 1 : (rows + tiles - 1) / tiles;
+}
+
+template <int number>
+struct Rows {
+  static constexpr int kCount = number;
+};
+
+// body(Rows<rows>()), rows from 1 to kRows.
+template <typename Body>
+SPLITQ_INLINE void WithRows(int64_t rows, const Body& body) {
+  switch (rows) {
+    case 1:
+      return body(Rows<1>());
+    case 2:
+      return body(Rows<2>());
+    case 3:
+      return body(Rows<3>());
+    case 4:
+      return body(Rows<4>());
+    case 5:
+      return body(Rows<5>());
+    default:
+      return body(Rows<6>());
+  }
+}
+
 template <typename Element>
 SPLITQ_INLINE void ScoreAll(const float* queries, int64_t rows, const Element* keys, int64_t width,
                             int64_t count, float* scores, int64_t stride) {
-  for (; rows > 0; rows -= kTile, queries += kTile * width, scores += kTile * stride) {
-    switch (rows) {
-      case 1:
-        return ScoreRows<1>(queries, keys, width, count, scores, stride);
-      case 2:
-        return ScoreRows<2>(queries, keys, width, count, scores, stride);
-      case 3:
-        return ScoreRows<3>(queries, keys, width, count, scores, stride);
-      default:
-        ScoreRows<kTile>(queries, keys, width, count, scores, stride);
-    }
+  const int64_t tile = TileRows(rows);
+  for (int64_t row = 0; row < rows; row += tile) {
+    WithRows(Least(tile, rows - row), [&](auto some) {
+      ScoreRows<some.kCount>(queries + row * width, keys, width, count, scores + row * stride, stride);
+    });
   }
 }
 
@@ -138,24 +181,13 @@ template <typename Element>
 SPLITQ_INLINE void MeanAll(const float* weights, int64_t stride, int64_t rows,
                            const Element* values, int64_t width, int64_t count, float* means) {
   constexpr int64_t kChannels = kTile * kVector;
-  for (; rows > 0; rows -= kTile, weights += kTile * stride, means += kTile * width) {
+  const int64_t tile = TileRows(rows);
+  for (int64_t row = 0; row < rows; row += tile) {
     for (int64_t k = 0; k < width; k += kChannels) {
-      const int64_t channels = width - k < kChannels ? width - k : kChannels;
-      const Element* from = values + k;
-      float* to = means + k;
-      switch (rows) {
-        case 1:
-          MeanRows<1>(weights, stride, from, width, channels, count, to);
-          break;
-        case 2:
-          MeanRows<2>(weights, stride, from, width, channels, count, to);
-          break;
-        case 3:
-          MeanRows<3>(weights, stride, from, width, channels, count, to);
-          break;
-        default:
-          MeanRows<kTile>(weights, stride, from, width, channels, count, to);
-      }
+      WithRows(Least(tile, rows - row), [&](auto some) {
+        MeanRows<some.kCount>(weights + row * stride, stride, values + k, width,
+                         Least(kChannels, width - k), count, means + row * width + k);
+      });
     }
   }
 }

@@ -13,7 +13,9 @@ namespace {
 
 inline void SwiGluLoop(const float* SPLITQ_RESTRICT gate, const float* SPLITQ_RESTRICT up,
                        int64_t width, float* SPLITQ_RESTRICT out) {
-  for (int64_t i = 0; i < width; ++i) out[i] = gate[i] / (1.0f + Exponential(-gate[i])) * up[i];
+  for (int64_t i = 0; i < width; ++i) {
+    out[i] = gate[i] / (1.0f + ExponentialWithin(WithinExponents(-gate[i]))) * up[i];
+  }
 }
 
 }  // namespace

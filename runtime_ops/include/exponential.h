@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "include/half.h"
+
 #if defined(_MSC_VER)
 #define SPLITQ_RESTRICT __restrict
 #else
@@ -16,15 +18,14 @@
 namespace splitq {
 namespace {
 
-// e^x = 2^n e^r with whole n and |r| <= ln(2) / 2, within 2 ulp; NaN stays NaN. x beyond the range
-// of normal numbers is taken as its end.
-inline float Exponential(float x) {
-  constexpr float kLowest = -87.0f, kHighest = 88.0f;
+constexpr float kLowestExponent = -87.0f, kHighestExponent = 88.0f;  // e^x is a normal number
+
+// e^x = 2^n e^r with whole n and |r| <= ln(2) / 2, within 2 ulp, for x from the lowest exponent to
+// the highest.
+inline float ExponentialWithin(float x) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // their sum is ln(2)
   constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  x = x < kLowest ? kLowest : x;
-  x = x > kHighest ? kHighest : x;
   const float shifted = x * kLog2E + kWhole;  // n in its lowest bits
   const float n = shifted - kWhole;
   const float r = (x - n * kLn2High) - n * kLn2Low;
@@ -42,6 +43,26 @@ inline float Exponential(float x) {
   float power;
   std::memcpy(&power, &bits, sizeof(power));
   return sum * power;
+}
+
+// The same for any x: what lies beyond is taken as the end, NaN stays NaN.
+inline float Exponential(float x) {
+  x = x < kLowestExponent ? kLowestExponent : x;
+  return ExponentialWithin(x > kHighestExponent ? kHighestExponent : x);
+}
+
+// x between the two exponents, NaN as one of them. By whole numbers, whose order is that of floats
+// of one sign: of conditions on floats GCC makes a branch for each end, computes what follows for
+// the ends too, in every element, and loses a hundred cycles where that is no normal number.
+inline float WithinExponents(float x) {
+  const uint32_t low = BitsOf(kLowestExponent);
+  const auto high = static_cast<int32_t>(BitsOf(kHighestExponent));
+  uint32_t bits = BitsOf(x);
+  bits = bits < low ? bits : low;
+  auto whole = static_cast<int32_t>(bits);
+  whole = whole < high ? whole : high;
+  std::memcpy(&x, &whole, sizeof(x));
+  return x;
 }
 
 }  // namespace

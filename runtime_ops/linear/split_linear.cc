@@ -1,7 +1,7 @@
-// Two passes over tasks: row tiles to codes (and latent codes of the correction), then tiles of
-// rows x a few panels of output channels to y. A second pass starts when all codes exist, because
-// every output channel needs every input channel. Rows that are one task of the first take both
-// passes in one loop if there are several threads: while one makes codes, the others read weights.
+// Two passes: tasks of a few rows to codes (and latent codes of the correction), then tiles of rows
+// x a few panels of output channels to y. The second starts when all codes exist, because every
+// output channel needs every input channel. Several threads run both in one loop: those that find
+// no codes left to make read weights meanwhile.
 #include "linear/split_linear.h"
 
 #include <algorithm>
@@ -60,19 +60,22 @@ Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
   return buffers;
 }
 
-MemoryRange RangeOf(const PackedWeight& weight) {
-  return {weight.payload, weight.panels() * weight.panel_bytes()};
+MemoryRange RangeOf(const PackedWeight& weight, PanelRange panels) {
+  return {weight.panel(panels.first), panels.count * weight.panel_bytes()};
 }
 
-// What is read next after row m: the row behind it, or else the weights that come first.
-ReadAhead ReadAheadOf(const SplitLinear& layer, const SplitLinearRows& data, int64_t m) {
+MemoryRange RangeOf(const PackedWeight& weight) { return RangeOf(weight, {0, weight.panels()}); }
+
+// What is read next after row m: the row behind it, or else the weights that come first, `main` of
+// the main group's.
+ReadAhead ReadAheadOf(const SplitLinear& layer, const SplitLinearRows& data, int64_t m,
+                      MemoryRange main) {
   constexpr int64_t kMost = int64_t{256} << 10;  // bytes: less than the L2 cache holds
   if (m + 1 < data.rows) {
     const int64_t channels = layer.activation.gather.channels;
     const auto row_bytes = channels * static_cast<int64_t>(sizeof(float));
     return {{data.x + (m + 1) * channels, row_bytes}, {}};
   }
-  MemoryRange main = RangeOf(layer.weights[kMain]);
   main.bytes = std::min(main.bytes, kMost);
   return layer.corrected ? ReadAhead{RangeOf(layer.correction.u), main} : ReadAhead{main, {}};
 }
@@ -106,9 +109,9 @@ SPLITQ_PREFETCH void PrefetchShort(const SplitLinear& layer) {
 }
 
 // Codes of rows [first, first + count); residual codes only of the rows that take MAC, gathered at
-// the front of the tile's part of `residual`.
+// the front of the task's part of `residual`.
 MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                     int64_t first, int64_t count, float* floats) {
+                     int64_t first, int64_t count, MemoryRange next, float* floats) {
   const ActivationPlan& plan = layer.activation;
   const bool has_mac = buffers.mac_index != nullptr;
   int64_t* index = has_mac ? buffers.mac_index + first : nullptr;
@@ -124,7 +127,7 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
       target.residual = mac.residual.row(mac.count);
       target.residual_scale = mac.residual.scale + mac.count;
     }
-    ReadAhead ahead = ReadAheadOf(layer, data, m);
+    ReadAhead ahead = ReadAheadOf(layer, data, m, next);
     QuantizeRow(plan, data.x + m * plan.gather.channels, &ahead, floats, target);
     for (int g = 0; g < kGroups; ++g) {
       if (plan.groups[g].width > 0) FinishRow(*plan.kernels, buffers.codes[g], m);
@@ -138,14 +141,14 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
 }
 
 // The codes of a task of the first pass, then, if the layer is corrected, the latent codes.
-// coded(): called in between.
+// next: main weights that are read after them. coded(): called in between.
 template <typename Coded>
-void PrepareTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                 int64_t tile, const Coded& coded) {
-  const int64_t first = tile * PrepareRows(data.rows);
+void PrepareTask(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+                 int64_t task, MemoryRange next, const Coded& coded) {
+  const int64_t first = task * PrepareRows(data.rows);
   const int64_t count = std::min(data.rows - first, PrepareRows(data.rows));
-  float* floats = buffers.floats + tile * buffers.task_floats;
-  const MacRows mac = PrepareCodes(layer, data, buffers, first, count, floats);
+  float* floats = buffers.floats + task * buffers.task_floats;
+  const MacRows mac = PrepareCodes(layer, data, buffers, first, count, next, floats);
   coded();
   if (!layer.corrected) return;
   const CodeRows latent = buffers.latent.from(first);
@@ -157,6 +160,29 @@ void StoreNarrow(const float* terms, int64_t rows, int64_t width, const float* b
                  int64_t y_stride) {
   for (int64_t m = 0; m < rows; ++m, terms += kPanel, y += y_stride) {
     for (int64_t n = 0; n < width; ++n) y[n] = bias != nullptr ? terms[n] + bias[n] : terms[n];
+  }
+}
+
+// Terms [panels, rows, 16] to y of rows [first, first + count): a few rows at a time, whose lines
+// of y lie side by side, while rows lie a page or more apart.
+void StoreTile(const SplitLinear& layer, const float* terms, int64_t first, int64_t count,
+               PanelRange panels, float* y) {
+  constexpr int64_t kRows = 8;
+  const int64_t outputs = layer.channels_out();
+  for (int64_t m = 0; m < count; m += kRows) {
+    const int64_t rows = std::min(count - m, kRows);
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t panel = panels.first + p;
+      const float* bias = layer.bias != nullptr ? layer.bias + panel * kPanel : nullptr;
+      const float* from = terms + (p * count + m) * kPanel;
+      float* to = y + (first + m) * outputs + panel * kPanel;
+      const int64_t width = PanelWidth(layer.weights[kMain], panel);
+      if (width == kPanel) {
+        layer.weights[kMain].terms->store(from, rows, bias, to, outputs);
+      } else {
+        StoreNarrow(from, rows, width, bias, to, outputs);
+      }
+    }
   }
 }
 
@@ -192,19 +218,7 @@ void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buf
     wait_latent();
     AddPanelTerms(layer.correction.v, panels, buffers.latent.from(first), count, total);
   }
-  const int64_t outputs = layer.channels_out();
-  const float* terms = total;
-  for (int64_t panel = panels.first; panel < panels.first + panels.count; ++panel) {
-    const float* bias = layer.bias != nullptr ? layer.bias + panel * kPanel : nullptr;
-    float* y = data.y + first * outputs + panel * kPanel;
-    const int64_t width = PanelWidth(layer.weights[kMain], panel);
-    if (width == kPanel) {
-      layer.weights[kMain].terms->store(terms, count, bias, y, outputs);
-    } else {
-      StoreNarrow(terms, count, width, bias, y, outputs);
-    }
-    terms += count * kPanel;
-  }
+  StoreTile(layer, total, first, count, panels, data.y);
 }
 
 // A tile. Few rows take it in parts: while the short products of one are made, the main weights
@@ -220,10 +234,13 @@ void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buf
   }
 }
 
-// Something that one thread makes and others wait for.
+// Something that a few tasks make and every thread waits for.
 class Ready {
  public:
-  void Set() { set_.store(true, std::memory_order_release); }
+  explicit Ready(int64_t tasks) : left_(tasks) {}
+
+  // Called by each task.
+  void Set() { left_.fetch_sub(1, std::memory_order_release); }
 
   // Meanwhile reads memory that will be needed.
   void Wait(MemoryRange range) const {
@@ -232,7 +249,7 @@ class Ready {
     constexpr int kLooks = 10000;                  // before the processor is left to others
     const char* next = static_cast<const char*>(range.data);
     const char* end = next + std::min(range.bytes, kMost);
-    for (int looks = 0; !set_.load(std::memory_order_acquire); ++looks) {
+    for (int looks = 0; left_.load(std::memory_order_acquire) > 0; ++looks) {
       const int64_t piece = std::min<int64_t>(end - next, kPiece);
       Prefetch(next, piece);
       next += piece;
@@ -242,24 +259,31 @@ class Ready {
   }
 
  private:
-  std::atomic<bool> set_{false};
+  std::atomic<int64_t> left_;
 };
 
-// Both passes in one loop, for rows that are one task of the first: whoever has the first tile
-// makes their codes, and every other thread reads the weights of its own tile meanwhile.
-void RunReadingAhead(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                     PanelQueue& queue, const ParallelFor& parallel) {
-  const PackedWeight& weight = layer.weights[kMain];
-  std::atomic<int64_t> left{queue.tiles()};
-  Ready codes, latent;
-  parallel(std::min(parallel.threads(), queue.tiles()), false, [&](int64_t) {
-    while (left.fetch_sub(1, std::memory_order_relaxed) > 0) {
-      const OutputRange range = queue.Next();
-      if (range.panels.first == 0) {
-        PrepareTile(layer, data, buffers, 0, [&] { codes.Set(); });
-        latent.Set();
-      }
-      codes.Wait({weight.panel(range.panels.first), range.panels.count * weight.panel_bytes()});
+// Both passes in one loop. Every thread first takes a tile, to know which weights it will read.
+void RunBothPasses(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+                   PanelQueue& queue, const ParallelFor& parallel) {
+  const int64_t tasks = CeilDiv(data.rows, PrepareRows(data.rows));
+  std::atomic<int64_t> next{0}, left{queue.tiles()};
+  Ready codes(tasks), latent(tasks);
+  parallel(std::min(parallel.threads(), std::max(tasks, queue.tiles())), false, [&](int64_t) {
+    OutputRange range = {};
+    MemoryRange weights = {};
+    const auto take = [&] {
+      if (left.fetch_sub(1, std::memory_order_relaxed) <= 0) return false;
+      range = queue.Next();
+      weights = RangeOf(layer.weights[kMain], range.panels);
+      return true;
+    };
+    bool taken = take();
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      PrepareTask(layer, data, buffers, task, weights, [&] { codes.Set(); });
+      latent.Set();
+    }
+    for (; taken; taken = take()) {
+      codes.Wait(weights);
       OutputTile(layer, data, buffers, range, [&] { latent.Wait({}); });
     }
   });
@@ -283,13 +307,17 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
     PrefetchShort(layer);
     PrefetchExtras(layer, {0, std::min(layer.weights[kMain].panels(), TilePanels(data.rows))});
   }
-  const int64_t tiles = CeilDiv(data.rows, PrepareRows(data.rows));
   const int64_t threads = serial ? 1 : parallel.threads();
   PanelQueue queue(data.rows, layer.weights[kMain].panels(), threads);
-  if (tiles == 1 && threads > 1) return RunReadingAhead(layer, data, buffers, queue, parallel);
-  parallel(tiles, serial, [&](int64_t tile) { PrepareTile(layer, data, buffers, tile, [] {}); });
-  parallel(queue.tiles(), serial,
-           [&](int64_t) { OutputTile(layer, data, buffers, queue.Next(), [] {}); });
+  if (threads > 1) return RunBothPasses(layer, data, buffers, queue, parallel);
+  const int64_t tasks = CeilDiv(data.rows, PrepareRows(data.rows));
+  const MemoryRange weights = RangeOf(layer.weights[kMain]);
+  for (int64_t task = 0; task < tasks; ++task) {
+    PrepareTask(layer, data, buffers, task, weights, [] {});
+  }
+  for (int64_t tile = 0; tile < queue.tiles(); ++tile) {
+    OutputTile(layer, data, buffers, queue.Next(), [] {});
+  }
 }
 
 }  // namespace splitq

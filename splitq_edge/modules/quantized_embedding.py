@@ -10,7 +10,8 @@ from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.kv_cache import dequantize_cache, quantize_cache
 from splitq_edge.quant.transforms import apply_transform
 
-SHARED_BITS = (8, 6)  # of an output projection whose codes can serve as embedding: no runtime gathers 4-bit integers
+# Bits of an output projection whose codes serve as embedding, by the bits that the recipe gives the embedding.
+SHARED_BITS = {8: (8, 6), 4: (4,)}
 
 
 class QuantizedEmbedding(nn.Module):
@@ -88,6 +89,6 @@ class HeadEmbedding(nn.Module):
         return self.codes.index_select(1, ids).T.float()
 
 
-def can_share(head: SplitLinear | None) -> bool:
-    """Whether a quantized output projection can serve as embedding."""
-    return head is not None and head.groups["main"].bits in SHARED_BITS and head.widths[1:] == (0, 0)
+def can_share(head: SplitLinear | None, bits: int) -> bool:
+    """Whether a quantized output projection can serve as an embedding of 8 or 4 bits."""
+    return head is not None and head.groups["main"].bits in SHARED_BITS[bits] and head.widths[1:] == (0, 0)

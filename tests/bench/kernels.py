@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -37,8 +38,10 @@ from splitq_edge.commands.doctor import native_isa
 from splitq_edge.exporters.joined_constants import is_weight, join_constants
 from splitq_edge.exporters.nodes import DOMAIN, SplitQLinearSpec, make_node, weight_initializer
 from splitq_edge.quant.transforms import factor_pair
+from splitq_edge.runtime_ops.page_cache import read_through
 from splitq_edge.splitting.plan import outlier_width
 
+WEIGHTS = "weights.bin"
 MICROSOFT = "com.microsoft"
 COLD_BYTES = 160e6
 SHAPES = "576x960,576x3072,1536x576,2048x2048,2048x8192,8192x2048,4096x4096,4096x14336"
@@ -323,43 +326,57 @@ class Timed(ABC):
         """
 
 
-def load(case: Case, setting: Setting) -> ort.InferenceSession:
-    """A session of the case's model, which takes any number of rows."""
-    k, n, copies = setting.k, setting.n, setting.copies(case)
-    assert case.build is not None
-    built = [case.build(k, n, copy) for copy in range(copies)]
-    graph = helper.make_graph(
-        [node for nodes, _ in built for node in nodes],
-        case.name,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", k])],
-        [helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, ["M", n]) for copy in range(copies)],
-        [tensor for _, tensors in built for tensor in tensors],
-    )
-    opsets = [helper.make_opsetid(*pair) for pair in (("", 21), (MICROSOFT, 1), (DOMAIN, 1))]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = setting.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Threads that wait spinning after a run would take the next layer's processor.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    runtime_ops.register(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+class Sessions:
+    """Sessions of the cases of one shape and number of threads, which take any number of rows.
 
+    The weights lie in a file, as an export's do: a process's own memory comes in pages of 4 KiB, in which two threads
+    read slower. What ONNX Runtime packs anew for its own layers it keeps there all the same.
+    """
 
-# By case and copies, of one shape and number of threads.
-Sessions = dict[tuple[str, int], ort.InferenceSession]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[tuple[str, int], ort.InferenceSession] = {}
+
+    def of(self, case: Case, setting: Setting) -> ort.InferenceSession:
+        """The case's session with so many copies of the weights."""
+        key = case.name, setting.copies(case)
+        if key not in self.made:
+            self.made[key] = self._load(case, setting)
+        return self.made[key]
+
+    def _load(self, case: Case, setting: Setting) -> ort.InferenceSession:
+        k, n, copies = setting.k, setting.n, setting.copies(case)
+        assert case.build is not None
+        built = [case.build(k, n, copy) for copy in range(copies)]
+        graph = helper.make_graph(
+            [node for nodes, _ in built for node in nodes],
+            case.name,
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", k])],
+            [helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, ["M", n]) for copy in range(copies)],
+            [tensor for _, tensors in built for tensor in tensors],
+        )
+        opsets = [helper.make_opsetid(*pair) for pair in (("", 21), (MICROSOFT, 1), (DOMAIN, 1))]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = setting.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Threads that wait spinning after a run would take the next layer's processor.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        runtime_ops.register(options)
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            file = Path(name, "model.onnx")
+            onnx.save(model, file, save_as_external_data=True, location=WEIGHTS)
+            read_through(file.with_name(WEIGHTS))
+            return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 class OrtTimed(Timed):
-    """A case that ONNX Runtime runs; `sessions` keeps its session for other numbers of rows."""
+    """A case that ONNX Runtime runs."""
 
     def __init__(self, case: Case, setting: Setting, sessions: Sessions) -> None:
         super().__init__(case, setting)
-        key = case.name, self.copies
-        if key not in sessions:
-            sessions[key] = load(case, setting)
-        self.session = sessions[key]
+        self.session = sessions.of(case, setting)
         self.binding = self.session.io_binding()
         self.x = setting.x()
         self.binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(self.x))
@@ -500,6 +517,7 @@ def main(
     wanted = [case for case in CASES if not cases or any(part in case.name for part in cases.split(","))]
     library = NativeLibrary(native) if native else None
     found: list[dict[str, object]] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
     machine: dict[str, object] = {"onnxruntime": ort.__version__, "kernels": native_isa(runtime_ops.library_path())}
     for count in map(int, threads.split(",")):
         limits = Limits(library.read_gbps(count), library.peak_gops(count)) if library else Limits(0.0, 0.0)
@@ -507,7 +525,7 @@ def main(
         console.print(f"{count} threads: {limits.gbps:.1f} GB/s from memory, {limits.gops:.0f} GOPS of int8")
         for shape in shapes.split(","):
             k, n = map(int, shape.split("x"))
-            sessions: Sessions = {}
+            sessions = Sessions(path.parent)
             for m in map(int, rows.split(",")):
                 setting = Setting(k, n, m, count, cold_mb * 1e6)
                 timed = [each for case in wanted if (each := start(case, setting, sessions, library)) is not None]
@@ -520,7 +538,6 @@ def main(
                         each.run()
                 console.print(show(timed, setting))
                 found += rows_of(timed, limits)
-                path.parent.mkdir(parents=True, exist_ok=True)
                 lines = ",\n".join(json.dumps(row) for row in found)
                 text = f'{{"schema": 1, "machine": {json.dumps(machine)}, "rows": [\n{lines}\n]}}\n'
                 path.write_text(text, encoding="utf-8")

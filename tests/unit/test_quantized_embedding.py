@@ -33,7 +33,7 @@ def test_nibbles_need_an_even_width() -> None:
         QuantizedEmbedding(torch.zeros(4, 23), 4)
 
 
-@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("transform", ["identity", "hadamard"])
 @pytest.mark.parametrize(("hidden", "tokens"), [(24, 48), (30, 37)])  # 37 and 30 fill no panel and no block
 def test_rows_of_the_head_are_its_weight_brought_back(transform: str, bits: int, hidden: int, tokens: int) -> None:
@@ -43,18 +43,18 @@ def test_rows_of_the_head_are_its_weight_brought_back(transform: str, bits: int,
     ids = torch.tensor([[0, tokens - 1, 5], [16, 15, 17]])
     torch.testing.assert_close(embedding(ids), head.dequantized_weight().T[ids], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        embedding(ids), weight.T[ids], rtol=0, atol=float(weight.abs().max()) / (60 if bits == 8 else 15)
+        embedding(ids), weight.T[ids], rtol=0, atol=float(weight.abs().max()) / {8: 60, 6: 15, 4: 3}[bits]
     )
     assert torch.equal(PackedHeadEmbedding(embedding)(ids), embedding(ids))
     assert list(embedding.children()) == []
 
 
-def test_only_a_head_of_bytes_or_six_bits_is_shared() -> None:
-    sites = {bits: random_site(no_split(bits=bits), widths=(24, 0, 0))[0] for bits in (8, 6, 4)}
-    assert can_share(sites[8])
-    assert can_share(sites[6])
-    assert not can_share(sites[4])
-    assert not can_share(random_site(no_split(bits=8), widths=(16, 4, 4))[0])
+def test_only_a_head_of_the_bits_asked_for_is_shared() -> None:
+    sites = {bits: random_site(no_split(bits=bits), widths=(24, 0, 0))[0] for bits in (8, 6, 4, 3)}
+    assert [bits for bits, site in sites.items() if can_share(site, 8)] == [8, 6]
+    assert [bits for bits, site in sites.items() if can_share(site, 4)] == [4]
+    assert not can_share(random_site(no_split(bits=8), widths=(16, 4, 4))[0], 8)
+    assert not can_share(None, 8)
 
 
 def recipe(**settings: str) -> QuantConfig:
@@ -63,7 +63,7 @@ def recipe(**settings: str) -> QuantConfig:
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize(
-    ("lm_head", "embedding"), [("W8A8", "W8"), ("W6A8", "W8"), ("W4A8", "W8"), ("none", "W4"), ("W8A8", "W4")]
+    ("lm_head", "embedding"), [("W8A8", "W8"), ("W6A8", "W8"), ("W4A8", "W8"), ("W4A8", "W4"), ("none", "W4"), ("W8A8", "W4")]
 )
 def test_the_model_takes_its_rows_from_where_they_lie(tie: bool, lm_head: str, embedding: str, tmp_path) -> None:
     loaded, batches = tiny_loaded(), chat_batches(2)
@@ -74,7 +74,7 @@ def test_the_model_takes_its_rows_from_where_they_lie(tie: bool, lm_head: str, e
     size = estimate(loaded, config, tokens=10, samples=1, packed=True).extra_bytes["embedding"]
     calibrated(loaded, config, batches, tmp_path)
     table = loaded.model.get_input_embeddings()
-    shared = tie and lm_head in ("W8A8", "W6A8") and embedding == "W8"
+    shared = tie and (lm_head, embedding) in (("W8A8", "W8"), ("W6A8", "W8"), ("W4A8", "W4"))
     assert isinstance(table, HeadEmbedding if shared else QuantizedEmbedding)
     assert size == (0 if shared else before.numel() * int(embedding[1]) // 8 + 4 * before.shape[0])
     rows = table(torch.arange(before.shape[0]))
