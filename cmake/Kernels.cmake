@@ -52,6 +52,7 @@ function(splitq_add_kernels name)
     gemm/scalar.cc
     gemm/scalar_terms.cc
     gemm/table.cc
+    norm/skip_norm.cc
     pack/checksum.cc
     pack/pack.cc
     pack/shared_payload.cc
@@ -76,7 +77,7 @@ function(splitq_add_kernels name)
     quantize/avx2_rows.cc
   )
   set(avx2_fma quantize/avx2_product.cc)
-  set(avx2_gate attention/avx2_attention.cc gate/avx2_swiglu.cc)
+  set(avx2_loops attention/avx2_attention.cc gate/avx2_swiglu.cc norm/avx2_skip_norm.cc)
   set(avx512vnni_loops attention/avx512vnni_attention.cc)
   set(avx512vnni gemm/avx512vnni.cc quantize/avx512vnni_product.cc quantize/avx512vnni_rows.cc)
   set(neon
@@ -90,7 +91,7 @@ function(splitq_add_kernels name)
   list(TRANSFORM sources PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx2 PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM avx2_fma PREPEND ${SPLITQ_KERNEL_DIR}/)
-  list(TRANSFORM avx2_gate PREPEND ${SPLITQ_KERNEL_DIR}/)
+  list(TRANSFORM avx2_loops PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM neon PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM dotprod PREPEND ${SPLITQ_KERNEL_DIR}/)
   list(TRANSFORM i8mm PREPEND ${SPLITQ_KERNEL_DIR}/)
@@ -103,11 +104,11 @@ function(splitq_add_kernels name)
       COMPILE_OPTIONS -fno-trapping-math)
   endif()
   if(SPLITQ_HAS_AVX2)
-    target_sources(${name} PRIVATE ${avx2} ${avx2_fma} ${avx2_gate})
+    target_sources(${name} PRIVATE ${avx2} ${avx2_fma} ${avx2_loops})
     set_source_files_properties(${avx2} PROPERTIES COMPILE_OPTIONS "-mavx2;-fno-exceptions")
     set_source_files_properties(${avx2_fma} PROPERTIES
       COMPILE_OPTIONS "-mavx2;-mfma;-fno-exceptions")
-    set_source_files_properties(${avx2_gate} PROPERTIES
+    set_source_files_properties(${avx2_loops} PROPERTIES
       COMPILE_OPTIONS "-mavx2;-fno-exceptions;-fno-trapping-math")
     target_compile_definitions(${name} PRIVATE SPLITQ_AVX2)
   endif()

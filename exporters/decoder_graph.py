@@ -22,6 +22,7 @@ from splitq_edge.exporters.passes.fuse_norm import fuse_norms
 from splitq_edge.exporters.passes.fuse_swiglu import fuse_swiglu
 from splitq_edge.exporters.passes.half_cache import halve_cache
 from splitq_edge.exporters.passes.pack_attention import pack_attention
+from splitq_edge.exporters.passes.skip_norm import skip_norms
 from splitq_edge.exporters.passes.trim_logits import trim_logits
 from splitq_edge.loading import LoadedModel
 from splitq_edge.modules.split_linear import SplitLinear
@@ -114,7 +115,7 @@ def finish_decoder(model: ir.Model, sites: dict[str, SplitLinear], *, packed: bo
         return
     specs: list[Spec] = [*expand_sites(model, sites, packed=packed)]
     pack_attention(model)
-    attach_functions(model, [*specs, *fuse_swiglu(model), *cache_attention(model)])
+    attach_functions(model, [*specs, *fuse_swiglu(model), *cache_attention(model), *skip_norms(model)])
     RemoveUnusedNodesPass()(model)
 
 

@@ -503,7 +503,57 @@ class CachedAttentionSpec:
         }
 
 
-Spec = SplitQLinearSpec | ChannelSplitQuantizeSpec | CrossModalCorrectionSpec | SwiGLUSpec | CachedAttentionSpec
+@dataclass(frozen=True, kw_only=True)
+class SkipRMSNormSpec:
+    """All that a `SkipRMSNorm` node states.
+
+    Attributes:
+        N: channels.
+        epsilon: added to the mean of the squares.
+
+    Raises:
+        SplitQError: N is below 1, or epsilon below 0.
+    """
+
+    N: int
+    epsilon: float
+
+    op_type: ClassVar[str] = "SkipRMSNorm"
+    inputs: ClassVar[tuple[str, ...]] = ("x", "skip", "weight")
+    outputs: ClassVar[tuple[str, ...]] = ("y", "sum")
+    overload: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "N")
+        if self.epsilon < 0:
+            raise SplitQError(
+                f"SkipRMSNorm: expected an epsilon of at least 0, got {self.epsilon}; correct the model's configuration"
+            )
+
+    @property
+    def present_inputs(self) -> tuple[str, ...]:
+        """The inputs the node takes."""
+        return self.inputs
+
+    @property
+    def present_outputs(self) -> tuple[str, ...]:
+        """The outputs the node gives."""
+        return self.outputs
+
+    @property
+    def attributes(self) -> dict[str, int | float]:
+        """The attributes of the node, all of them."""
+        return {"N": self.N, "epsilon": self.epsilon}
+
+
+Spec = (
+    SplitQLinearSpec
+    | ChannelSplitQuantizeSpec
+    | CrossModalCorrectionSpec
+    | SwiGLUSpec
+    | CachedAttentionSpec
+    | SkipRMSNormSpec
+)
 
 
 def _takes_split_input(spec: ChannelSplitQuantizeSpec, name: str) -> bool:

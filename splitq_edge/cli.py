@@ -218,13 +218,15 @@ def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--lm-head",
     type=click.Choice(LM_HEAD_SCHEMES),
     help="Of the output projection: in a small model it is what a token waits longest for; default: as the recipe "
-    "says, without one W6A8, which only packed files store in 6 bits (none with --flavour qdq).",
+    "says, without one W6A8, which only packed files store in 6 bits, or W4A8 where the scheme's weights have 3 bits "
+    "(none with --flavour qdq).",
 )
 @click.option(
     "--embedding",
     type=click.Choice(EMBEDDINGS),
-    help="Of the token embedding; W8 tied to an output projection of 8 or 6 bits is stored with that; default: as the "
-    "recipe says, without one W8 (none with --flavour qdq).",
+    help="Of the token embedding; W8 tied to an output projection of 8 or 6 bits, or W4 to one of 4, is stored with "
+    "that; default: as the recipe says, without one W4 beside an output projection W4A8, else W8 (none with --flavour "
+    "qdq).",
 )
 @click.option(
     "--kv-cache",

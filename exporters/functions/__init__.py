@@ -17,11 +17,13 @@ from splitq_edge.exporters.functions.cached_attention import cached_attention_fu
 from splitq_edge.exporters.functions.correction import correction_function, correction_structure
 from splitq_edge.exporters.functions.linear import linear_function, nested_correction
 from splitq_edge.exporters.functions.quantize import quantize_function, quantize_structure
+from splitq_edge.exporters.functions.skip_norm import skip_norm_function
 from splitq_edge.exporters.functions.swiglu import swiglu_function
 from splitq_edge.exporters.specs import (
     CachedAttentionSpec,
     ChannelSplitQuantizeSpec,
     CrossModalCorrectionSpec,
+    SkipRMSNormSpec,
     Spec,
     SplitQLinearSpec,
     SwiGLUSpec,
@@ -80,6 +82,8 @@ def _top_level(spec: Spec, nested: _Nested) -> FunctionProto:
         )
     if isinstance(spec, SwiGLUSpec):
         return swiglu_function(spec)
+    if isinstance(spec, SkipRMSNormSpec):
+        return skip_norm_function(spec)
     if isinstance(spec, CachedAttentionSpec):
         return cached_attention_function(spec)
     if isinstance(spec, ChannelSplitQuantizeSpec):

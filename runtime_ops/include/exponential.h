@@ -8,12 +8,7 @@
 #include <cstring>
 
 #include "include/half.h"
-
-#if defined(_MSC_VER)
-#define SPLITQ_RESTRICT __restrict
-#else
-#define SPLITQ_RESTRICT __restrict__
-#endif
+#include "include/restrict.h"
 
 namespace splitq {
 namespace {
@@ -25,7 +20,7 @@ constexpr float kLowestExponent = -87.0f, kHighestExponent = 88.0f;  // e^x is a
 inline float ExponentialWithin(float x) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // their sum is ln(2)
-  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  constexpr float kWhole = 12582912.0f;       // 1.5 * 2^23: adding it rounds to a whole number
   const float shifted = x * kLog2E + kWhole;  // n in its lowest bits
   const float n = shifted - kWhole;
   const float r = (x - n * kLn2High) - n * kLn2Low;

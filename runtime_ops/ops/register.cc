@@ -8,6 +8,7 @@
 #include "ops/attention_op.h"
 #include "ops/channel_split_op.h"
 #include "ops/correction_op.h"
+#include "ops/skip_norm_op.h"
 #include "ops/split_linear_op.h"
 #include "ops/swiglu_op.h"
 
@@ -36,6 +37,7 @@ struct Domain {
         channel_split(runtime, infer_shapes),
         correction(runtime, infer_shapes),
         swiglu(runtime, infer_shapes),
+        skip_norm(runtime, infer_shapes),
         attention(runtime, infer_shapes),
         half_attention(runtime, infer_shapes) {
     Check(api, api.CreateCustomOpDomain("ai.splitq", &handle));
@@ -43,6 +45,7 @@ struct Domain {
     Check(api, api.CustomOpDomain_Add(handle, &channel_split));
     Check(api, api.CustomOpDomain_Add(handle, &correction));
     Check(api, api.CustomOpDomain_Add(handle, &swiglu));
+    Check(api, api.CustomOpDomain_Add(handle, &skip_norm));
     Check(api, api.CustomOpDomain_Add(handle, &attention));
     Check(api, api.CustomOpDomain_Add(handle, &half_attention));
   }
@@ -52,6 +55,7 @@ struct Domain {
   CustomOp<ChannelSplitKernel> channel_split;
   CustomOp<CorrectionKernel> correction;
   CustomOp<SwiGluOp> swiglu;
+  CustomOp<SkipNormOp> skip_norm;
   CustomOp<CachedAttentionOp<kFloat>> attention;
   CustomOp<CachedAttentionOp<kFloat16>> half_attention;
   OrtCustomOpDomain* handle = nullptr;

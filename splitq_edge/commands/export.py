@@ -40,7 +40,7 @@ from splitq_edge.runtime_ops.verify import ParityRow, disagreements, verify_pari
 
 logger = logging.getLogger(__name__)
 
-LM_HEAD, EMBEDDING = "W6A8", "W8"  # of an export without a recipe file; the presets themselves leave both in float
+EMBEDDINGS = {"W4A8": "W4"}  # by the output projection that can lend it its codes; beside others W8
 
 
 @dataclass(frozen=True)
@@ -363,12 +363,22 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
     else:
         config = method_config(options.method, preset(options.scheme))
         if options.flavour != "qdq":  # which has integers of its own for what the recipe leaves in float
-            config = replace(config, lm_head=LM_HEAD, embedding=EMBEDDING)
+            head = options.lm_head or default_lm_head(config.bits)
+            config = replace(config, lm_head=head, embedding=EMBEDDINGS.get(head, "W8"))
     if options.lm_head is not None:
         config = replace(config, lm_head=options.lm_head)
     if options.kv_cache is not None:
         config = replace(config, kv_cache_bits=KV_CACHES[options.kv_cache])
     return config if options.embedding is None else replace(config, embedding=options.embedding)
+
+
+def default_lm_head(bits: int) -> str:
+    """Scheme of the output projection in an export without a recipe file; the presets themselves leave it in float.
+
+    Args:
+        bits: of the language blocks' weights.
+    """
+    return "W6A8" if bits > 3 else "W4A8"
 
 
 def with_default_cache(

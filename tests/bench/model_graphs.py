@@ -22,7 +22,7 @@ from torch import nn
 from splitq_edge.adapters import llama
 from splitq_edge.adapters.adapter import Site
 from splitq_edge.artifacts import EXPORT_FILE, EXPORT_SCHEMA, file_table, write_json
-from splitq_edge.commands.export import LM_HEAD
+from splitq_edge.commands.export import default_lm_head
 from splitq_edge.config import CorrectionConfig, QuantConfig, SplitConfig, preset
 from splitq_edge.convert import QuantizedModel
 from splitq_edge.correction.low_rank import rank_of
@@ -37,7 +37,6 @@ from splitq_edge.quant.kv_cache import HALF_BITS
 from splitq_edge.quant.transforms import factor_pair, orthogonal_start
 from splitq_edge.splitting.plan import outlier_width
 
-HEAD_BITS = int(LM_HEAD[1])  # unless a recipe says otherwise
 PEER_HEAD_BITS = 8  # of MatMulNBits
 ATTENTION = "fused"
 FLOAT_WEIGHTS = ("fp32", "MatMulNBits")  # graphs whose layers are not ours
@@ -199,8 +198,9 @@ def fill(loaded: LoadedModel, quantized: QuantizedModel) -> None:
         for site in loaded.adapter.language_block:
             name = loaded.adapter.site_name(number, site)
             quantized.sites[name] = place(block, site, name, quantized.config, loaded)
-    bits = HEAD_BITS if quantized.config.lm_head == "none" else int(quantized.config.lm_head[1])
-    head = replace(quantized.config, bits=bits, activation_bits=8, **PLAIN)
+    wanted = quantized.config.lm_head
+    scheme = default_lm_head(quantized.config.bits) if wanted == "none" else wanted
+    head = replace(quantized.config, bits=int(scheme[1]), activation_bits=8, **PLAIN)
     head = replace(head, transform=quantized.config.transform)
     quantized.extras["lm_head"] = {
         "lm_head": place(loaded.model, Site("lm_head", ("lm_head",)), "lm_head", head, loaded)

@@ -18,6 +18,7 @@ int main(int count, char** arguments) {
     test::TestTerms(choice.isa, report);
     test::TestAttention(choice.isa, report);
     test::TestGates(choice.isa, report);
+    test::TestNorms(choice.isa, report);
     test::TestLayers(choice.isa, report);
     test::TestPayloads(report);
   }

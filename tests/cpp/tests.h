@@ -13,6 +13,7 @@ void TestRows(Isa isa, Report& report);
 void TestTerms(Isa isa, Report& report);
 void TestAttention(Isa isa, Report& report);
 void TestGates(Isa isa, Report& report);
+void TestNorms(Isa isa, Report& report);
 void TestLayers(Isa isa, Report& report);
 
 // Of what is the same on every instruction set.

@@ -195,8 +195,9 @@ def test_decoder_has_one_node_a_site_and_a_body_for_each(export: Export) -> None
     ours = [node for node in model.graph.node if node.domain == "ai.splitq"]
     names = [f"layers.{block}.{site}" for block in range(2) for site in ("attn_in", "attn_out", "mlp_in", "mlp_mid")]
     assert [node.name for node in ours if node.op_type == "SplitQLinear"] == (names if export.quantized else [])
-    rest = [node.op_type for node in ours if node.op_type != "SplitQLinear"]  # one of each a block
-    assert rest == (["CachedAttention", "SwiGLU"] * 2 if export.quantized else [])
+    rest = [node.op_type for node in ours if node.op_type != "SplitQLinear"]
+    block = ["CachedAttention", "SkipRMSNorm", "SwiGLU", "SkipRMSNorm"]
+    assert rest == (block * 2 if export.quantized else [])
     bodies = {(function.name, function.overload) for function in model.functions}
     assert {(node.op_type, node.overload) for node in ours} <= bodies
     inputs = {value.name: value for value in model.graph.input}

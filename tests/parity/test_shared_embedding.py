@@ -1,4 +1,4 @@
-"""A tied model with an output projection of 8, 6 or 4 bits: the folder holds the weight once, and both graphs read it."""
+"""A tied model whose output projection has 8, 6 or 4 bits: the folder holds the weight once, both graphs read it."""
 
 from __future__ import annotations
 

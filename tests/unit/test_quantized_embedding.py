@@ -63,7 +63,8 @@ def recipe(**settings: str) -> QuantConfig:
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize(
-    ("lm_head", "embedding"), [("W8A8", "W8"), ("W6A8", "W8"), ("W4A8", "W8"), ("W4A8", "W4"), ("none", "W4"), ("W8A8", "W4")]
+    ("lm_head", "embedding"),
+    [("W8A8", "W8"), ("W6A8", "W8"), ("W4A8", "W8"), ("W4A8", "W4"), ("none", "W4"), ("W8A8", "W4")],
 )
 def test_the_model_takes_its_rows_from_where_they_lie(tie: bool, lm_head: str, embedding: str, tmp_path) -> None:
     loaded, batches = tiny_loaded(), chat_batches(2)
