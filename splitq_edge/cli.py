@@ -128,12 +128,21 @@ def _reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             click.echo(f"\n{word}; {KEPT.get(command.__name__, 'nothing was changed')}", err=True)
             sys.exit(TERMINATED if terminated else INTERRUPTED)
         except (SplitQError, ImportError, OSError) as error:
-            if click.get_current_context().find_root().obj:
+            if click.get_current_context().find_root().obj or (isinstance(error, BrokenPipeError) and _reader_left()):
                 raise
             click.echo(f"error: {_message(error)}", err=True)
             sys.exit(USER_ERROR)
 
     return wrapper
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the output any more, as behind `| head`; click then ends the command without a word."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _message(error: Exception) -> str:

@@ -90,6 +90,7 @@ def estimate(loaded: LoadedModel, config: QuantConfig, *, tokens: int, samples: 
         everything -= rows * hidden
         bits = int(config.embedding[1:])
         shared = tied(loaded) and config.lm_head.startswith(tuple(f"W{head}" for head in SHARED_BITS[bits]))
+        shared = shared and (packed or bits == 8)  # of integers of 4 bits, other files hold a copy
         extra_bytes["embedding"] = 0 if shared else rows * (hidden * bits // 8 + 4)
     return Estimate(
         effective_bits=stored / weights,

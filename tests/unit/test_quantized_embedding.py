@@ -72,12 +72,17 @@ def test_the_model_takes_its_rows_from_where_they_lie(tie: bool, lm_head: str, e
         loaded.model.lm_head.weight = loaded.model.get_input_embeddings().weight
     before = loaded.model.get_input_embeddings().weight.detach().clone()
     config = recipe(lm_head=lm_head, embedding=embedding)
-    size = estimate(loaded, config, tokens=10, samples=1, packed=True).extra_bytes["embedding"]
+    size, portable = (
+        estimate(loaded, config, tokens=10, samples=1, packed=packed).extra_bytes["embedding"]
+        for packed in (True, False)
+    )
     calibrated(loaded, config, batches, tmp_path)
     table = loaded.model.get_input_embeddings()
     shared = tie and (lm_head, embedding) in (("W8A8", "W8"), ("W6A8", "W8"), ("W4A8", "W4"))
     assert isinstance(table, HeadEmbedding if shared else QuantizedEmbedding)
-    assert size == (0 if shared else before.numel() * int(embedding[1]) // 8 + 4 * before.shape[0])
+    own = before.numel() * int(embedding[1]) // 8 + 4 * before.shape[0]
+    assert size == (0 if shared else own)
+    assert portable == (0 if shared and embedding == "W8" else own)
     rows = table(torch.arange(before.shape[0]))
     error = float((rows - before).norm() / before.norm())
     assert 0 < error < (0.2 if embedding == "W4" else 0.04 if shared and lm_head == "W6A8" else 0.02)
