@@ -49,6 +49,7 @@ WITHOUT = {
 WITH = {
     "float32 cache": {"kv_cache_bits": 0},
     "8-bit head": {"lm_head": "W8A8"},
+    "6-bit head": {"lm_head": "W6A8"},
     "4-bit head": {"lm_head": "W4A8"},
 }
 CHANGES: dict[str, dict[str, Any]] = {"plain": PLAIN, **WITHOUT, **WITH}
