@@ -24,7 +24,7 @@ from splitq_edge.exporters.decoder_graph import cache_shape, finish_decoder, tra
 from splitq_edge.exporters.layouts.layout import ExportParts
 from splitq_edge.exporters.layouts.registry import layout_named
 from splitq_edge.exporters.onnx_export import check_axes, trace
-from splitq_edge.exporters.packed_embedding import PackedHeadEmbedding
+from splitq_edge.exporters.packed_embedding import stored_embedding
 from splitq_edge.exporters.parts import Decoder, EmbedTokens, vision_encoder
 from splitq_edge.exporters.passes.attach_functions import attach_functions
 from splitq_edge.exporters.passes.expand_sites import expand_sites
@@ -209,13 +209,11 @@ def embed_graph(loaded: LoadedModel, features: torch.Tensor, *, packed: bool = F
     Args:
         loaded: the model.
         features: image rows as the vision encoder gives them.
-        packed: whether the decoder's weights are packed, see `PackedHeadEmbedding`.
+        packed: whether the decoder's weights are packed, see `stored_embedding`.
     """
     flat = features.dim() == 2
     dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "image_features": {0: "rows" if flat else "images"}}
-    embedding = loaded.model.get_input_embeddings()
-    if isinstance(embedding, HeadEmbedding) and (packed or embedding.bits == 4):
-        embedding = PackedHeadEmbedding(embedding)
+    embedding = stored_embedding(loaded.model.get_input_embeddings(), packed=packed)
     model = trace(
         EmbedTokens(embedding, check_exportable(loaded)),
         {

@@ -39,6 +39,18 @@ class PackedHeadEmbedding(HeadEmbedding):
         return pieces.flatten(1)[:, : self.hidden] - float(1 << (self.bits - 1))
 
 
+def stored_embedding(table: nn.Module, *, packed: bool) -> nn.Module:
+    """The model's embedding as a graph is to hold it.
+
+    Args:
+        table: the embedding.
+        packed: whether the decoder's weights are packed. Rows of 4 bits always are: no runtime gathers 4-bit integers.
+    """
+    if isinstance(table, HeadEmbedding) and (packed or table.bits == 4):
+        return PackedHeadEmbedding(table)
+    return table
+
+
 def _four_bits(pieces: torch.Tensor) -> torch.Tensor:
     """Bytes [n, blocks, 4] to stored codes [n, blocks, 2 fields, 4]."""
     high = torch.floor(pieces / 16)

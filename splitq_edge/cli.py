@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -140,9 +141,15 @@ def _reader_left() -> bool:
     """Whether nobody reads the output any more, as behind `| head`; click then ends the command without a word."""
     try:
         sys.stdout.flush()
+        if not hasattr(select, "poll"):
+            return False
+        poller = select.poll()  # output without a buffer has nothing left to flush
+        poller.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poller.poll(0))
     except BrokenPipeError:
         return True
-    return False
+    except (OSError, ValueError):  # no file at all
+        return False
 
 
 def _message(error: Exception) -> str:

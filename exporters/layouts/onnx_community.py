@@ -26,6 +26,7 @@ from splitq_edge.exporters.layouts.modality_channel import (
     with_channel,
 )
 from splitq_edge.exporters.onnx_export import check_axes, trace
+from splitq_edge.exporters.packed_embedding import stored_embedding
 from splitq_edge.exporters.passes.walk import initializer
 
 SESSIONS = {  # names of transformers.js
@@ -104,7 +105,7 @@ def dtype_of(part: str, manifest: dict[str, Any]) -> str:
 
 def _bare_embedding(parts: ExportParts, *, with_modality: bool) -> None:
     """`embed_tokens` without the merge; the channel of the modality, if there is one, is that of text."""
-    table = parts.loaded.model.get_input_embeddings()
+    table = stored_embedding(parts.loaded.model.get_input_embeddings(), packed=False)
     axes = {"input_ids": {0: "batch", 1: "sequence"}}
     inputs = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
     model = trace(_Table(table), inputs, input_names=["input_ids"], output_names=["inputs_embeds"], dynamic=axes)

@@ -172,7 +172,8 @@ SPLITQ_INLINE void ScoreAll(const float* queries, int64_t rows, const Element* k
   const int64_t tile = TileRows(rows);
   for (int64_t row = 0; row < rows; row += tile) {
     WithRows(Least(tile, rows - row), [&](auto some) {
-      ScoreRows<some.kCount>(queries + row * width, keys, width, count, scores + row * stride, stride);
+      ScoreRows<some.kCount>(queries + row * width, keys, width, count, scores + row * stride,
+                             stride);
     });
   }
 }
@@ -186,7 +187,7 @@ SPLITQ_INLINE void MeanAll(const float* weights, int64_t stride, int64_t rows,
     for (int64_t k = 0; k < width; k += kChannels) {
       WithRows(Least(tile, rows - row), [&](auto some) {
         MeanRows<some.kCount>(weights + row * stride, stride, values + k, width,
-                         Least(kChannels, width - k), count, means + row * width + k);
+                              Least(kChannels, width - k), count, means + row * width + k);
       });
     }
   }

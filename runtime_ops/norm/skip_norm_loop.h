@@ -5,7 +5,8 @@
 // linkage, lest the linker keep a copy for a newer one.
 #pragma once
 
-#include <cmath>
+#include <math.h>  // sqrtf, which is no template
+
 #include <cstdint>
 
 #include "include/restrict.h"
@@ -46,7 +47,7 @@ inline void ScaleRow(const float* SPLITQ_RESTRICT sum, const float* SPLITQ_RESTR
 inline void SkipNormLoop(const SkipNormRow& row) {
   const float squares = AddRow(row.x, row.skip, row.width, row.sum);
   const float mean = squares / static_cast<float>(row.width);
-  ScaleRow(row.sum, row.weight, 1.0f / std::sqrt(mean + row.epsilon), row.width, row.y);
+  ScaleRow(row.sum, row.weight, 1.0f / sqrtf(mean + row.epsilon), row.width, row.y);
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ CASES = [
     ("packed", "genai", "W6A8"),
     ("packed", "flat", "W4A8"),
     ("portable", "flat", "W4A8"),
+    ("portable", "onnx-community", "W4A8"),
 ]
 
 

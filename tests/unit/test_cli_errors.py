@@ -774,9 +774,13 @@ def test_real_process_exits_with_two_and_one_line(exported: Path, tmp_path: Path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes that break")
-def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_no_error(unbuffered: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "splitq_edge.cli", "doctor"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, **pipes
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
