@@ -152,8 +152,7 @@ def test_extra_sites_are_nodes_with_bodies_and_leave_no_float_weight(export: Exp
         floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2]
         weights = {"vision_encoder": 32 * 48, "decoder": 96 * 272}  # of fc1 or fc2, of lm_head
         assert not [t.name for t in floats if np.prod(t.dims) == weights[part]]
-        fused = {"com.microsoft"} if part == "decoder" else set()
-        assert {node.domain for node in model.graph.node} == {"", "ai.splitq"} | fused
+        assert {node.domain for node in model.graph.node} == {"", "ai.splitq"}
     assert model.graph.output[0].name == "logits"
 
 
