@@ -397,8 +397,26 @@ def _joined_token(spec: SplitQLinearSpec) -> str:
     return ".".join(["joined", *(str(isqrt(sizes[f"p1_{group}"])) for group in spec.groups)])
 
 
+class _WholeSpec:
+    """Of an op whose nodes take every input, give every output and have one body."""
+
+    inputs: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[tuple[str, ...]]
+    overload: ClassVar[str] = ""
+
+    @property
+    def present_inputs(self) -> tuple[str, ...]:
+        """The inputs the node takes."""
+        return self.inputs
+
+    @property
+    def present_outputs(self) -> tuple[str, ...]:
+        """The outputs the node gives."""
+        return self.outputs
+
+
 @dataclass(frozen=True, kw_only=True)
-class SwiGLUSpec:
+class SwiGLUSpec(_WholeSpec):
     """All that a `SwiGLU` node states.
 
     Attributes:
@@ -413,20 +431,9 @@ class SwiGLUSpec:
     op_type: ClassVar[str] = "SwiGLU"
     inputs: ClassVar[tuple[str, ...]] = ("x",)
     outputs: ClassVar[tuple[str, ...]] = ("y",)
-    overload: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_positive(self, "N")
-
-    @property
-    def present_inputs(self) -> tuple[str, ...]:
-        """The inputs the node takes."""
-        return self.inputs
-
-    @property
-    def present_outputs(self) -> tuple[str, ...]:
-        """The outputs the node gives."""
-        return self.outputs
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -435,7 +442,7 @@ class SwiGLUSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedAttentionSpec:
+class CachedAttentionSpec(_WholeSpec):
     """All that a `CachedAttention` node states.
 
     Attributes:
@@ -467,7 +474,6 @@ class CachedAttentionSpec:
         "new_tokens",
     )
     outputs: ClassVar[tuple[str, ...]] = ("y", "present_key", "present_value")
-    overload: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "kv_num_heads", "head_size")
@@ -483,16 +489,6 @@ class CachedAttentionSpec:
         return (self.num_heads + 2 * self.kv_num_heads) * self.head_size
 
     @property
-    def present_inputs(self) -> tuple[str, ...]:
-        """The inputs the node takes."""
-        return self.inputs
-
-    @property
-    def present_outputs(self) -> tuple[str, ...]:
-        """The outputs the node gives."""
-        return self.outputs
-
-    @property
     def attributes(self) -> dict[str, int | float]:
         """The attributes of the node, all of them."""
         return {
@@ -504,7 +500,7 @@ class CachedAttentionSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkipRMSNormSpec:
+class SkipRMSNormSpec(_WholeSpec):
     """All that a `SkipRMSNorm` node states.
 
     Attributes:
@@ -521,7 +517,6 @@ class SkipRMSNormSpec:
     op_type: ClassVar[str] = "SkipRMSNorm"
     inputs: ClassVar[tuple[str, ...]] = ("x", "skip", "weight")
     outputs: ClassVar[tuple[str, ...]] = ("y", "sum")
-    overload: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_positive(self, "N")
@@ -529,16 +524,6 @@ class SkipRMSNormSpec:
             raise SplitQError(
                 f"SkipRMSNorm: expected an epsilon of at least 0, got {self.epsilon}; correct the model's configuration"
             )
-
-    @property
-    def present_inputs(self) -> tuple[str, ...]:
-        """The inputs the node takes."""
-        return self.inputs
-
-    @property
-    def present_outputs(self) -> tuple[str, ...]:
-        """The outputs the node gives."""
-        return self.outputs
 
     @property
     def attributes(self) -> dict[str, int | float]:

@@ -1,7 +1,10 @@
 // What a kernel may ask and do during one run of its node.
 #pragma once
 
+#include <algorithm>
+
 #include "include/parallel_for.h"
+#include "include/sizes.h"
 #include "ops/port.h"
 #include "ops/tensor.h"
 
@@ -41,6 +44,17 @@ class Call {
   const Port* inputs_;
   OrtStatus* parallel_status_ = nullptr;
 };
+
+// body(row) for each row; several threads where there is enough to do. width: numbers of a row.
+template <typename Body>
+void ForRows(Call& call, int64_t rows, int64_t width, const Body& body) {
+  constexpr int64_t kTaskNumbers = int64_t{1} << 14;  // below that waking a thread costs more
+  const int64_t task_rows = std::max<int64_t>(1, kTaskNumbers / width);
+  call.Parallel()(CeilDiv(rows, task_rows), rows <= task_rows, [&](int64_t task) {
+    const int64_t end = std::min(rows, (task + 1) * task_rows);
+    for (int64_t row = task * task_rows; row < end; ++row) body(row);
+  });
+}
 
 // Memory from ONNX Runtime's arena. The handle lives as long as a kernel, a block as long as a run.
 class Arena {

@@ -1,17 +1,8 @@
 #include "ops/skip_norm_op.h"
 
-#include <algorithm>
-
-#include "include/sizes.h"
 #include "ops/weight_input.h"
 
 namespace splitq::ops {
-namespace {
-
-constexpr int64_t kTaskElements = int64_t{1} << 14;  // below that waking a thread costs more
-
-}  // namespace
-
 SkipNormOp::SkipNormOp(const Node& node)
     : name_(node.name()),
       width_(node.Int("N", 1, kMaxChannelsIn)),
@@ -30,13 +21,9 @@ void SkipNormOp::Compute(Call& call) const {
   const auto* weight = call.Input(2, {width_}).as<float>();
   auto* y = call.Output<float>(0, x.shape);
   auto* sum = call.Output<float>(1, x.shape);
-  const int64_t rows = LeadingSize(x.shape);
-  const int64_t task_rows = std::max<int64_t>(1, kTaskElements / width_);
-  call.Parallel()(CeilDiv(rows, task_rows), rows <= task_rows, [&](int64_t task) {
-    const int64_t end = std::min(rows, (task + 1) * task_rows) * width_;
-    for (int64_t at = task * task_rows * width_; at < end; at += width_) {
-      kernel_.run({values + at, skip + at, weight, width_, epsilon_, sum + at, y + at});
-    }
+  ForRows(call, LeadingSize(x.shape), width_, [&](int64_t row) {
+    const int64_t at = row * width_;
+    kernel_.run({values + at, skip + at, weight, width_, epsilon_, sum + at, y + at});
   });
 }
 

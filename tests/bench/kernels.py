@@ -329,8 +329,8 @@ class Timed(ABC):
 class Sessions:
     """Sessions of the cases of one shape and number of threads, which take any number of rows.
 
-    The weights lie in a file, as an export's do: a process's own memory comes in pages of 4 KiB, in which two threads
-    read slower. What ONNX Runtime packs anew for its own layers it keeps there all the same.
+    The weights lie in a file, as an export's do. What ONNX Runtime packs anew for its own layers it keeps in the
+    process's own memory all the same.
     """
 
     def __init__(self, folder: Path) -> None:
