@@ -300,11 +300,95 @@ SPLITQ_INLINE void RunTerms(const PanelProduct& product, const TermsOutput& outp
   Run<bits, kSet>(product, &output);
 }
 
-// Scales of the 16 channels from `channel` on; those at and after `outputs` are zero.
-SPLITQ_INLINE __m512 LoadScales(const float* scale, int64_t channel, int64_t outputs) {
+// Which of the 16 channels from `channel` on lie before `outputs`.
+SPLITQ_INLINE __mmask16 Exist(int64_t channel, int64_t outputs) {
   const int64_t exist = outputs - channel;
-  const auto mask = static_cast<__mmask16>(exist >= kPanel ? 0xFFFF : (1 << exist) - 1);
-  return _mm512_maskz_loadu_ps(mask, scale + channel);
+  return static_cast<__mmask16>(exist >= kPanel ? 0xFFFF : (1 << exist) - 1);
+}
+
+// A number of each of the 16 channels from `channel` on, zeros of those that do not exist.
+SPLITQ_INLINE __m512 LoadChannels(const float* values, int64_t channel, int64_t outputs) {
+  return _mm512_maskz_loadu_ps(Exist(channel, outputs), values + channel);
+}
+
+// Rows m .. m + rows of y, `panels` panels from panel p on. The totals stay in registers through
+// all products. The last block of a weight may be short: its codes end in zeros, as the block does.
+template <int bits, int rows, int panels>
+SPLITQ_INLINE void RunOutputTile(const OutputSum& sum, int64_t m, int64_t p) {
+  constexpr int64_t kStep = Layout<bits>::kStep;
+  __m512 totals[rows][panels];
+#pragma GCC unroll 4
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < panels; ++j) {
+      const int64_t at = ((p + j) * sum.products->product.rows + m + i) * kPanel;
+      totals[i][j] = _mm512_loadu_ps(sum.terms + at);
+    }
+  }
+  for (int64_t part = 0; part < sum.count; ++part) {
+    const ScaledProduct& scaled = sum.products[part];
+    const PanelProduct& product = scaled.product;
+    const Place place{product.codes + m * product.codes_stride, product.codes_stride,
+                      product.panel + p * product.panel_stride, product.panel_stride, m == 0};
+    Sums<rows, panels> sums;
+    BeginSums<bits>(product.code_sums + m * product.code_sums_stride, product.code_sums_stride,
+                    sums);
+    AddBlocks<bits>(place, (product.k_end + kStep - 1) / kStep, sums);
+#pragma GCC unroll 3
+    for (int j = 0; j < panels; ++j) {
+      const __m512 scales = LoadChannels(scaled.channel_scale, (p + j) * kPanel, sum.outputs);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        __m512i whole = Total(sums, i, j);
+        Pin(whole);
+        const __m512 row_scale = _mm512_set1_ps(scaled.row_scale[m + i]);
+        const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), row_scale);
+        totals[i][j] = _mm512_add_ps(totals[i][j], _mm512_mul_ps(term, scales));
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < panels; ++j) {
+      const int64_t channel = (p + j) * kPanel;
+      __m512 total = totals[i][j];
+      if (sum.bias != nullptr) {
+        total = _mm512_add_ps(total, LoadChannels(sum.bias, channel, sum.outputs));
+      }
+      float* y = sum.y + (m + i) * sum.y_stride + channel;
+      if (channel + kPanel <= sum.outputs) {
+        _mm512_storeu_ps(y, total);
+      } else {
+        _mm512_mask_storeu_ps(y, Exist(channel, sum.outputs), total);
+      }
+    }
+  }
+}
+
+// All rows of `panels` panels from panel p on. Of four rows and three panels totals and sums fit
+// into the registers.
+template <int bits, int panels>
+SPLITQ_INLINE void RunOutputRows(const OutputSum& sum, int64_t p) {
+  const int64_t rows = sum.products->product.rows;
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) RunOutputTile<bits, 4, panels>(sum, m, p);
+  switch (rows - m) {
+    case 3:
+      return RunOutputTile<bits, 3, panels>(sum, m, p);
+    case 2:
+      return RunOutputTile<bits, 2, panels>(sum, m, p);
+    case 1:
+      return RunOutputTile<bits, 1, panels>(sum, m, p);
+  }
+}
+
+template <int bits>
+SPLITQ_INLINE void RunOutput(const OutputSum& sum) {
+  const int64_t panels = sum.products->product.panels;
+  int64_t p = 0;
+  for (; p + kPanels <= panels; p += kPanels) RunOutputRows<bits, kPanels>(sum, p);
+  for (; p < panels; ++p) RunOutputRows<bits, 1>(sum, p);
 }
 
 // As RunTile. The last block may be short: its codes end in zeros, as its weights' block does.
@@ -334,7 +418,7 @@ SPLITQ_INLINE void RunBlockTile(const BlockProduct& product, int64_t m, int64_t 
         const float* ahead = scale + kScalesAhead * product.scale_stride + (p + j) * kPanel;
         _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
       }
-      const __m512 scales = LoadScales(scale, (p + j) * kPanel, product.outputs);
+      const __m512 scales = LoadChannels(scale, (p + j) * kPanel, product.outputs);
       for (int i = 0; i < rows; ++i) {
         const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(Total(sums, i, j)), scales);
         terms[i][j] = _mm512_add_ps(terms[i][j], term);
@@ -391,6 +475,10 @@ void RunTermsAvx512VnniBits6(const PanelProduct& product, const TermsOutput& out
 void RunTermsAvx512VnniBits8(const PanelProduct& product, const TermsOutput& output) {
   RunTerms<8>(product, output);
 }
+
+// The weights beside the main one have 4 bits with every preset; others take the products one by
+// one.
+void RunOutputAvx512VnniBits4(const OutputSum& sum) { RunOutput<4>(sum); }
 
 void RunBlocksAvx512VnniBits2(const BlockProduct& product) { RunBlocks<2>(product); }
 void RunBlocksAvx512VnniBits3(const BlockProduct& product) { RunBlocks<3>(product); }

@@ -17,6 +17,8 @@ void RunTermsAvx512VnniBits4(const PanelProduct& product, const TermsOutput& out
 void RunTermsAvx512VnniBits6(const PanelProduct& product, const TermsOutput& output);
 void RunTermsAvx512VnniBits8(const PanelProduct& product, const TermsOutput& output);
 
+void RunOutputAvx512VnniBits4(const OutputSum& sum);
+
 void RunBlocksAvx512VnniBits2(const BlockProduct& product);
 void RunBlocksAvx512VnniBits3(const BlockProduct& product);
 void RunBlocksAvx512VnniBits4(const BlockProduct& product);

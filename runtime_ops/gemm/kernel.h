@@ -37,6 +37,25 @@ struct TermsOutput {
   float* terms;  // [panels, rows, 16], dense
 };
 
+// A product whose codes and weights have scales, as above.
+struct ScaledProduct {
+  PanelProduct product;        // k_begin 0, k_end the channels of the weight; sums are not used
+  const float* row_scale;      // [rows]
+  const float* channel_scale;  // of the first panel's first channel, of those that exist
+};
+
+// y[m][n] = terms + the scaled sums of the products, one after the other, + bias, every product and
+// sum rounded.
+struct OutputSum {
+  const ScaledProduct* products;  // of the same rows and panels
+  int64_t count;                  // of the products, at least 1
+  const float* terms;             // [panels, rows, 16], dense
+  const float* bias;  // of the first panel's first channel, of those that exist, or null
+  float* y;           // likewise, of the first row
+  int64_t y_stride;   // elements from row to row
+  int64_t outputs;    // channels that the panels have; others are not written
+};
+
 // For kernels that take one panel at a time. Internal linkage and always inlined: files of several
 // instruction sets call it.
 template <void (*run)(const PanelProduct& product)>
@@ -71,6 +90,9 @@ struct GemmKernel {
   void (*run)(const PanelProduct& product);
   // As run, with floats instead of sums, which are not used; null: there is none.
   void (*run_terms)(const PanelProduct& product, const TermsOutput& output) = nullptr;
+  // Several products of weights of these bits at once, and what becomes of their sum; null: there
+  // is none.
+  void (*run_output)(const OutputSum& sum) = nullptr;
   // The blocks of a weight at once, if block_size is a multiple of block_step; null: there is none.
   void (*run_blocks)(const BlockProduct& product) = nullptr;
   int64_t block_step = 0;

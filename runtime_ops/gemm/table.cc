@@ -14,20 +14,20 @@ namespace {
 constexpr GemmKernel kKernels[] = {
 #if defined(SPLITQ_AVX512VNNI)
     {"qd8_qc2w_8x48c4_avx512vnni", Isa::kAvx512Vnni, 2, RunAvx512VnniBits2, RunTermsAvx512VnniBits2,
-     RunBlocksAvx512VnniBits2, 16},
+     nullptr, RunBlocksAvx512VnniBits2, 16},
     {"qd8_qc3w_8x48c4_avx512vnni", Isa::kAvx512Vnni, 3, RunAvx512VnniBits3, RunTermsAvx512VnniBits3,
-     RunBlocksAvx512VnniBits3, 32},
+     nullptr, RunBlocksAvx512VnniBits3, 32},
     {"qd8_qc4w_8x48c4_avx512vnni", Isa::kAvx512Vnni, 4, RunAvx512VnniBits4, RunTermsAvx512VnniBits4,
-     RunBlocksAvx512VnniBits4, 16},
+     RunOutputAvx512VnniBits4, RunBlocksAvx512VnniBits4, 16},
     {"qd8_qc6w_8x48c4_avx512vnni", Isa::kAvx512Vnni, 6, RunAvx512VnniBits6, RunTermsAvx512VnniBits6,
-     RunBlocksAvx512VnniBits6, 16},
+     nullptr, RunBlocksAvx512VnniBits6, 16},
     {"qd8_qc8w_8x48c4_avx512vnni", Isa::kAvx512Vnni, 8, RunAvx512VnniBits8, RunTermsAvx512VnniBits8,
-     RunBlocksAvx512VnniBits8, 16},
+     nullptr, RunBlocksAvx512VnniBits8, 16},
 #endif
 #if defined(SPLITQ_AVX2)
-    {"qd8_qc2w_4x16c4_avx2", Isa::kAvx2, 2, RunAvx2Bits2, nullptr, RunBlocksAvx2Bits2, 16},
-    {"qd8_qc3w_4x16c4_avx2", Isa::kAvx2, 3, RunAvx2Bits3, nullptr, RunBlocksAvx2Bits3, 32},
-    {"qd8_qc4w_4x16c4_avx2", Isa::kAvx2, 4, RunAvx2Bits4, nullptr, RunBlocksAvx2Bits4, 16},
+    {"qd8_qc2w_4x16c4_avx2", Isa::kAvx2, 2, RunAvx2Bits2, nullptr, nullptr, RunBlocksAvx2Bits2, 16},
+    {"qd8_qc3w_4x16c4_avx2", Isa::kAvx2, 3, RunAvx2Bits3, nullptr, nullptr, RunBlocksAvx2Bits3, 32},
+    {"qd8_qc4w_4x16c4_avx2", Isa::kAvx2, 4, RunAvx2Bits4, nullptr, nullptr, RunBlocksAvx2Bits4, 16},
     {"qd8_qc6w_4x16c4_avx2", Isa::kAvx2, 6, RunAvx2Bits6},
     {"qd8_qc8w_2x16c4_avx2", Isa::kAvx2, 8, RunAvx2Bits8},
 #endif

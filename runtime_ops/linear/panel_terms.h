@@ -42,6 +42,25 @@ void PanelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& r
 void AddPanelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows,
                    int64_t count, float* total);
 
+inline constexpr int64_t kMostFactors = 3;
+
+// A weight without blocks and the rows that it is multiplied with.
+struct Factors {
+  const PackedWeight* weight = nullptr;
+  CodeRows rows;
+};
+
+// Where the sum of a tile's terms goes.
+struct TileOutput {
+  const float* bias;  // [channels_out] or null
+  float* y;           // [count, channels_out]
+};
+
+// y = terms + the products of `added` factors, 1 to kMostFactors, in order, + bias, at once. False,
+// and nothing is done, if the weights' kernels do not have that.
+bool OutputTerms(const Factors* factors, int64_t added, PanelRange panels, int64_t count,
+                 const float* terms, const TileOutput& output);
+
 // Output channels in this panel, 16 but for the last one.
 int64_t PanelWidth(const PackedWeight& weight, int64_t panel);
 

@@ -163,10 +163,10 @@ void StoreNarrow(const float* terms, int64_t rows, int64_t width, const float* b
   }
 }
 
-// Terms [panels, rows, 16] to y of rows [first, first + count): a few rows at a time, whose lines
-// of y lie side by side, while rows lie a page or more apart.
-void StoreTile(const SplitLinear& layer, const float* terms, int64_t first, int64_t count,
-               PanelRange panels, float* y) {
+// Terms [panels, rows, 16] to y of `count` rows: a few rows at a time, whose lines of y lie side by
+// side, while rows lie a page or more apart.
+void StoreTile(const SplitLinear& layer, const float* terms, int64_t count, PanelRange panels,
+               float* y) {
   constexpr int64_t kRows = 8;
   const int64_t outputs = layer.channels_out();
   for (int64_t m = 0; m < count; m += kRows) {
@@ -175,7 +175,7 @@ void StoreTile(const SplitLinear& layer, const float* terms, int64_t first, int6
       const int64_t panel = panels.first + p;
       const float* bias = layer.bias != nullptr ? layer.bias + panel * kPanel : nullptr;
       const float* from = terms + (p * count + m) * kPanel;
-      float* to = y + (first + m) * outputs + panel * kPanel;
+      float* to = y + m * outputs + panel * kPanel;
       const int64_t width = PanelWidth(layer.weights[kMain], panel);
       if (width == kPanel) {
         layer.weights[kMain].terms->store(from, rows, bias, to, outputs);
@@ -210,15 +210,22 @@ void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buf
   PrefetchExtras(layer, panels);
   FloatTile total;
   PanelTerms(layer.weights[kMain], panels, buffers.codes[kMain].from(first), count, total);
+  Factors factors[kMostFactors];
+  int64_t added = 0;
   for (int g = kMain + 1; g < kGroups; ++g) {
     if (layer.activation.groups[g].width == 0) continue;
-    AddPanelTerms(layer.weights[g], panels, buffers.codes[g].from(first), count, total);
+    factors[added++] = {&layer.weights[g], buffers.codes[g].from(first)};
   }
   if (layer.corrected) {
     wait_latent();
-    AddPanelTerms(layer.correction.v, panels, buffers.latent.from(first), count, total);
+    factors[added++] = {&layer.correction.v, buffers.latent.from(first)};
   }
-  StoreTile(layer, total, first, count, panels, data.y);
+  float* y = data.y + first * layer.channels_out();
+  if (added > 0 && OutputTerms(factors, added, panels, count, total, {layer.bias, y})) return;
+  for (int64_t i = 0; i < added; ++i) {
+    AddPanelTerms(*factors[i].weight, panels, factors[i].rows, count, total);
+  }
+  StoreTile(layer, total, count, panels, y);
 }
 
 // A tile. Few rows take it in parts: while the short products of one are made, the main weights

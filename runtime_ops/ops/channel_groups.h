@@ -30,7 +30,8 @@ class ChannelGroups {
   const float* Keep(const Tensor& tensor, int64_t count);
 
   ActivationPlan plan_;
-  std::vector<int32_t> order_, windows_;
+  std::vector<int32_t> order_;
+  std::vector<GatherWindow> windows_;
   std::vector<std::vector<float>> floats_;  // copies: a mapped file may not align its tensors
 };
 

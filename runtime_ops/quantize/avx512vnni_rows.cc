@@ -18,17 +18,17 @@ namespace {
 
 // Of the channels from i on, a whole block.
 SPLITQ_INLINE __m512 GatherBlock(const ChannelGather& gather, const float* x, size_t i) {
-  const int32_t* order = gather.order + i;
-  const int32_t* first = gather.windows + i / kGatherBlock;
-  if (*first < 0) {
+  const GatherWindow& window = gather.windows[i / kGatherBlock];
+  if (window.first < 0) {
+    const int32_t* order = gather.order + i;
     float values[kGatherBlock];
     for (int64_t j = 0; j < kGatherBlock; ++j) values[j] = x[order[j]];
     return _mm512_loadu_ps(values);
   }
-  const __m512i places = _mm512_sub_epi32(_mm512_loadu_si512(order), _mm512_set1_epi32(*first));
-  const float* window = x + *first;
-  return _mm512_permutex2var_ps(_mm512_loadu_ps(window), places,
-                                _mm512_loadu_ps(window + kGatherBlock));
+  const __m128i places = _mm_loadu_si128(reinterpret_cast<const __m128i*>(window.places));
+  const float* from = x + window.first;
+  return _mm512_permutex2var_ps(_mm512_loadu_ps(from), _mm512_cvtepu8_epi32(places),
+                                _mm512_loadu_ps(from + kGatherBlock));
 }
 
 SPLITQ_INLINE float LoadOne(const ChannelGather& gather, const float* x, int64_t i) {

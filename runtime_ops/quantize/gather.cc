@@ -4,8 +4,8 @@
 
 namespace splitq {
 
-std::vector<int32_t> GatherWindows(const int32_t* order, int64_t channels) {
-  std::vector<int32_t> windows;
+std::vector<GatherWindow> GatherWindows(const int32_t* order, int64_t channels) {
+  std::vector<GatherWindow> windows;
   const int64_t last = channels - kGatherWindow;  // where a window may begin at the latest
   for (int64_t i = 0; i + kGatherBlock <= channels; i += kGatherBlock) {
     const auto ends = std::minmax_element(order + i, order + i + kGatherBlock);
@@ -14,7 +14,11 @@ std::vector<int32_t> GatherWindows(const int32_t* order, int64_t channels) {
     const int64_t whole = first / kGatherBlock * kGatherBlock;
     if (first >= 0 && *ends.second < whole + kGatherWindow) first = whole;
     const bool fits = first >= 0 && *ends.second < first + kGatherWindow;
-    windows.push_back(fits ? static_cast<int32_t>(first) : -1);
+    GatherWindow window{fits ? static_cast<int32_t>(first) : -1, {}};
+    for (int64_t j = 0; fits && j < kGatherBlock; ++j) {
+      window.places[j] = static_cast<uint8_t>(order[i + j] - first);
+    }
+    windows.push_back(window);
   }
   return windows;
 }

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 
+#include "include/sizes.h"
+
 namespace splitq {
 namespace {
 
-constexpr int64_t kRows = 16;
+constexpr int64_t kMostRows = 16;
 
 }  // namespace
 
@@ -16,8 +18,9 @@ void ApplyKronecker(const RowKernels& kernels, const KroneckerFactors& factors,
   const int64_t a = factors.a, b = factors.b;
   float* product = work;
   float* g = work + a * b;
-  for (int64_t i = 0; i < a; i += kRows) {
-    const int64_t rows = std::min(a - i, kRows);
+  const int64_t step = CeilDiv(a, CeilDiv(a, kMostRows));  // no part much smaller than the others
+  for (int64_t i = 0; i < a; i += step) {
+    const int64_t rows = std::min(a - i, step);
     kernels.gather(group.gather, group.x, group.begin + i * b, rows * b, g);
     kernels.multiply({g, b, 1, factors.p2, rows, b, b, product + i * b, ahead});
   }

@@ -76,11 +76,23 @@ SPLITQ_INLINE void ProductTile(const MatrixProduct& p, int64_t i, int64_t j) {
   }
 }
 
-// All rows from row i on of these columns.
+// Rows i .. i + count of these columns, 1 <= count <= rows.
 template <typename V, int rows, int vectors>
-SPLITQ_INLINE void ProductColumns(const MatrixProduct& p, int64_t i, int64_t j) {
-  for (; i + rows <= p.rows; i += rows) ProductTile<V, rows, vectors>(p, i, j);
-  if constexpr (rows > 1) ProductColumns<V, rows / 2, vectors>(p, i, j);
+SPLITQ_INLINE void ProductRows(const MatrixProduct& p, int64_t i, int64_t count, int64_t j) {
+  if (count == rows) return ProductTile<V, rows, vectors>(p, i, j);
+  if constexpr (rows > 1) ProductRows<V, rows - 1, vectors>(p, i, count, j);
+}
+
+// All rows of these columns. The last ones, when they are more than a tile, make two of nearly the
+// same size: the sums of a tile of one or two rows would wait for themselves.
+template <typename V, int vectors>
+SPLITQ_INLINE void ProductColumns(const MatrixProduct& p, int64_t j) {
+  int64_t i = 0;
+  for (; p.rows - i >= 2 * V::kRows; i += V::kRows) ProductTile<V, V::kRows, vectors>(p, i, j);
+  const int64_t last = p.rows - i;
+  const int64_t first = last <= V::kRows ? last : (last + 1) / 2;
+  ProductRows<V, V::kRows, vectors>(p, i, first, j);
+  if (first < last) ProductRows<V, V::kRows, vectors>(p, i + first, last - first, j);
 }
 
 // Columns outside, so that those of the right matrix stay in the L1 cache. At least V::kCount.
@@ -88,12 +100,12 @@ template <typename V>
 SPLITQ_INLINE void MultiplyBy(const MatrixProduct& p) {
   constexpr int64_t kWide = V::kVectors * V::kCount;
   int64_t j = 0;
-  for (; j + kWide <= p.columns; j += kWide) ProductColumns<V, V::kRows, V::kVectors>(p, 0, j);
+  for (; j + kWide <= p.columns; j += kWide) ProductColumns<V, V::kVectors>(p, j);
   if (j + V::kCount < p.columns && kWide <= p.columns) {
-    return ProductColumns<V, V::kRows, V::kVectors>(p, 0, p.columns - kWide);
+    return ProductColumns<V, V::kVectors>(p, p.columns - kWide);
   }
-  for (; j + V::kCount <= p.columns; j += V::kCount) ProductColumns<V, V::kRows, 1>(p, 0, j);
-  if (j < p.columns) ProductColumns<V, V::kRows, 1>(p, 0, p.columns - V::kCount);
+  for (; j + V::kCount <= p.columns; j += V::kCount) ProductColumns<V, 1>(p, j);
+  if (j < p.columns) ProductColumns<V, 1>(p, p.columns - V::kCount);
 }
 
 // By the first vector type that is not wider than the matrices.

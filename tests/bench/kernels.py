@@ -15,11 +15,13 @@ it had all channels. Without --native llama.cpp's cases and the integer peak are
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +51,7 @@ TOLERANCE = 1e-5  # relative, of float sums in another order
 GGML_TOLERANCE = 0.02  # relative, of activations quantized by blocks to 8 bits
 COLD_ROWS = 16  # with more, a layer's weight is read once for so much work that two copies will do
 SETTLE_S = 0.1  # several threads: two of a new session at first share a processor for tens of milliseconds
+LINE = 64  # bytes of a cache line
 LARGE = 2048  # input and output channels
 OWN_PEERS = ("W4A8", "W3A8", "W3A3")  # layers of ours that the others are compared with as well
 
@@ -282,8 +285,11 @@ class Setting:
         return max(2, int(np.ceil(self.cold / case.weight_bytes(self.k, self.n))))
 
     def x(self) -> np.ndarray:
-        """[M, K] float32."""
-        return rng(self.m, self.k).standard_normal((self.m, self.k), dtype=np.float32)
+        """[M, K] float32, from a whole cache line on, where a graph's own activations lie."""
+        spare = np.empty(self.m * self.k + LINE // 4, np.float32)
+        first = -spare.ctypes.data % LINE // 4
+        x = spare[first : first + self.m * self.k].reshape(self.m, self.k)
+        return rng(self.m, self.k).standard_normal(dtype=np.float32, out=x)
 
 
 class Timed(ABC):
@@ -326,6 +332,28 @@ class Timed(ABC):
         """
 
 
+def processors(threads: int) -> list[int]:
+    """A processor for each thread of a session; none where there are too few or the system does not tell."""
+    if threads == 1 or not hasattr(os, "sched_setaffinity"):
+        return []
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[:threads] if len(allowed) >= threads else []
+
+
+@contextmanager
+def kept_on(processor: list[int]) -> Iterator[None]:
+    """Keep this thread on a processor meanwhile; empty: wherever it is."""
+    if not processor:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processor)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class Sessions:
     """Sessions of the cases of one shape and number of threads, which take any number of rows.
 
@@ -360,6 +388,9 @@ class Sessions:
         options = ort.SessionOptions()
         options.intra_op_num_threads = setting.threads
         options.inter_op_num_threads = 1
+        if others := processors(setting.threads)[1:]:
+            numbers = ";".join(str(processor + 1) for processor in others)
+            options.add_session_config_entry("session.intra_op_thread_affinities", numbers)
         options.log_severity_level = 3
         # Threads that wait spinning after a run would take the next layer's processor.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -383,6 +414,11 @@ class OrtTimed(Timed):
         for copy in range(self.copies):
             y = ort.OrtValue.ortvalue_from_shape_and_type([setting.m, setting.n], np.float32)
             self.binding.bind_ortvalue_output(f"y{copy}", y)
+
+    def run(self) -> None:
+        """See `Timed`; each thread on a processor of its own: the system may leave two on one for a whole case."""
+        with kept_on(processors(self.setting.threads)[:1]):
+            super().run()
 
     def _run(self) -> None:
         self.session.run_with_iobinding(self.binding)

@@ -30,6 +30,16 @@ static __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* values) {
 }
 #endif
 
+#if !defined(_mm512_mask_storeu_ps)
+static void _mm512_mask_storeu_ps(void* memory, __mmask16 mask, __m512 values) {
+  float all[16];
+  _mm512_storeu_ps(all, values);
+  for (int i = 0; i < 16; ++i) {
+    if ((mask >> i & 1) != 0) static_cast<float*>(memory)[i] = all[i];
+  }
+}
+#endif
+
 #define RunAvx512VnniBits2 RunEmulatedBits2
 #define RunTermsAvx512VnniBits2 RunTermsEmulatedBits2
 #define RunBlocksAvx512VnniBits2 RunBlocksEmulatedBits2
@@ -38,6 +48,7 @@ static __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* values) {
 #define RunBlocksAvx512VnniBits3 RunBlocksEmulatedBits3
 #define RunAvx512VnniBits4 RunEmulatedBits4
 #define RunTermsAvx512VnniBits4 RunTermsEmulatedBits4
+#define RunOutputAvx512VnniBits4 RunOutputEmulatedBits4
 #define RunBlocksAvx512VnniBits4 RunBlocksEmulatedBits4
 #define RunAvx512VnniBits6 RunEmulatedBits6
 #define RunTermsAvx512VnniBits6 RunTermsEmulatedBits6
@@ -51,15 +62,15 @@ namespace splitq::test {
 
 constexpr GemmKernel kKernels[] = {
     {"qd8_qc2w_8x48c4_emulated", Isa::kAvx512Vnni, 2, RunEmulatedBits2, RunTermsEmulatedBits2,
-     RunBlocksEmulatedBits2, 16},
+     nullptr, RunBlocksEmulatedBits2, 16},
     {"qd8_qc3w_8x48c4_emulated", Isa::kAvx512Vnni, 3, RunEmulatedBits3, RunTermsEmulatedBits3,
-     RunBlocksEmulatedBits3, 32},
+     nullptr, RunBlocksEmulatedBits3, 32},
     {"qd8_qc4w_8x48c4_emulated", Isa::kAvx512Vnni, 4, RunEmulatedBits4, RunTermsEmulatedBits4,
-     RunBlocksEmulatedBits4, 16},
+     RunOutputEmulatedBits4, RunBlocksEmulatedBits4, 16},
     {"qd8_qc6w_8x48c4_emulated", Isa::kAvx512Vnni, 6, RunEmulatedBits6, RunTermsEmulatedBits6,
-     RunBlocksEmulatedBits6, 16},
+     nullptr, RunBlocksEmulatedBits6, 16},
     {"qd8_qc8w_8x48c4_emulated", Isa::kAvx512Vnni, 8, RunEmulatedBits8, RunTermsEmulatedBits8,
-     RunBlocksEmulatedBits8, 16},
+     nullptr, RunBlocksEmulatedBits8, 16},
 };
 
 List<GemmKernel> EmulatedKernels() { return {kKernels, std::size(kKernels)}; }

@@ -131,6 +131,53 @@ bool SameTerms(const GemmKernel& kernel, const PanelProduct& product, std::mt199
   return same && terms.Intact() && row_scale.Intact() && channel_scale.Intact();
 }
 
+// run_output of `count` products, all of these codes and weights, against float operations on the
+// sums of `run`, to the bit; whatever lies between the rows of y stays as it is.
+bool SameOutput(const GemmKernel& kernel, const PanelProduct& product, int64_t count,
+                bool with_bias, std::mt19937& random) {
+  constexpr float kUntouched = -12345.0f;
+  const int64_t outputs = product.panels * kPanel - Draw(random, 0, kPanel - 1);
+  const int64_t stride = outputs + 3;
+  GuardedArray<float> row_scale(count * product.rows), channel_scale(count * outputs);
+  GuardedArray<float> terms(product.panels * product.rows * kPanel), bias(outputs);
+  GuardedArray<float> y(product.rows * stride);
+  const auto fill = [&](float* values, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) {
+      values[i] = static_cast<float>(Draw(random, -99999, 99999)) / 7919.0f;
+    }
+  };
+  fill(row_scale.data(), count * product.rows);
+  fill(channel_scale.data(), count * outputs);
+  fill(terms.data(), product.panels * product.rows * kPanel);
+  fill(bias.data(), outputs);
+  std::fill_n(y.data(), product.rows * stride, kUntouched);
+  std::vector<ScaledProduct> products;
+  for (int64_t i = 0; i < count; ++i) {
+    products.push_back(
+        {product, row_scale.data() + i * product.rows, channel_scale.data() + i * outputs});
+  }
+  kernel.run_output({products.data(), count, terms.data(), with_bias ? bias.data() : nullptr,
+                     y.data(), stride, outputs});
+  bool same = y.Intact();
+  for (int64_t i = 0; i < product.rows * stride; ++i) {
+    const int64_t m = i / stride, n = i % stride;
+    volatile float expected = kUntouched;  // rounded after every step
+    if (n < outputs) {
+      const int64_t at = (n / kPanel * product.rows + m) * kPanel + n % kPanel;
+      expected = terms[at];
+      for (int64_t part = 0; part < count; ++part) {
+        volatile float term = static_cast<float>(product.sums[at]);
+        term = term * row_scale[part * product.rows + m];
+        term = term * channel_scale[part * outputs + n];
+        expected = expected + term;
+      }
+      if (with_bias) expected = expected + bias[n];
+    }
+    same = same && y[i] == expected;
+  }
+  return same && row_scale.Intact() && channel_scale.Intact() && terms.Intact() && bias.Intact();
+}
+
 void TestShape(const GemmKernel& kernel, const Shape& shape, std::mt19937& random, Report& report) {
   const int half = 1 << (kernel.bits - 1);
   const int64_t outputs = shape.panels * kPanel;
@@ -166,6 +213,12 @@ void TestShape(const GemmKernel& kernel, const Shape& shape, std::mt19937& rando
     kernel.run(product);
     bool same = sums.Intact();
     if (kernel.run_terms != nullptr) same = SameTerms(kernel, product, random) && same;
+    if (kernel.run_output != nullptr && range.begin == 0 && range.end == shape.channels) {
+      const int64_t count = 1 + shape.rows % 3;
+      for (const bool with_bias : {false, true}) {
+        same = SameOutput(kernel, product, count, with_bias, random) && same;
+      }
+    }
     for (int64_t i = 0; i < shape.rows * outputs; ++i) {
       const int64_t m = i / kPanel % shape.rows;
       const int64_t n = i / (kPanel * shape.rows) * kPanel + i % kPanel;

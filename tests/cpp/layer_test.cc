@@ -106,7 +106,8 @@ class TestLayer {
 
   Sizes sizes_;
   SplitLinear layer_;
-  std::vector<int32_t> order_, windows_;
+  std::vector<int32_t> order_;
+  std::vector<GatherWindow> windows_;
   std::vector<float> scale_, x_, bias_, gate_;
   std::vector<int8_t> modality_;
   std::vector<std::vector<uint8_t>> payloads_;

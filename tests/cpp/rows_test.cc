@@ -91,7 +91,8 @@ std::vector<int32_t> DrawOrder(Order kind, int64_t channels, std::mt19937& rando
 void TestGather(const RowKernels& kernels, int64_t channels, Order kind, bool scaled,
                 std::mt19937& random, Report& report) {
   const std::vector<int32_t> order = DrawOrder(kind, channels, random);
-  const std::vector<int32_t> windows = GatherWindows(order.data(), kind == kNone ? 0 : channels);
+  const std::vector<GatherWindow> windows =
+      GatherWindows(order.data(), kind == kNone ? 0 : channels);
   GuardedArray<float> x(channels), scale(channels);
   for (int64_t i = 0; i < channels; ++i) {
     x[i] = DrawValue(random, true);
