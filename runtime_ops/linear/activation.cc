@@ -3,15 +3,6 @@
 namespace splitq {
 namespace {
 
-// e = a - code * scale, quantized in turn (eq. 18).
-void QuantizeResidual(const ActivationPlan& plan, const float* values, float* workspace,
-                      const RowTarget& target) {
-  const int64_t width = plan.groups[kMain].width;
-  plan.kernels->subtract_codes(values, target.codes[kMain], *target.scale[kMain], width, workspace);
-  *target.residual_scale =
-      QuantizeRowValues(*plan.kernels, {plan.residual_bits}, workspace, width, target.residual);
-}
-
 // The transformed values of the group that begins at this channel, in the first part of workspace
 // or in x itself.
 const float* TransformGroup(const ActivationPlan& plan, const ChannelGroup& group, int64_t begin,
@@ -33,12 +24,14 @@ void QuantizeRow(const ActivationPlan& plan, const float* x, ReadAhead* ahead, f
   int64_t begin = 0;
   for (int g = 0; g < kGroups; begin += plan.groups[g++].width) {
     const ChannelGroup& group = plan.groups[g];
-    if (group.width == 0 || target.codes[g] == nullptr) continue;
+    if (group.width == 0 || target.groups[g].codes == nullptr) continue;
     const float* values = TransformGroup(plan, group, begin, x, ahead, workspace);
-    *target.scale[g] =
-        QuantizeRowValues(*plan.kernels, group.quantization, values, group.width, target.codes[g]);
-    if (g == kMain && target.residual != nullptr) {
-      QuantizeResidual(plan, values, workspace + plan.gather.channels, target);
+    if (g == kMain && target.residual.codes != nullptr) {
+      QuantizeWithResidual(*plan.kernels, group.quantization, plan.residual_bits, values,
+                           group.width, workspace + plan.gather.channels, target.groups[g],
+                           target.residual);
+    } else {
+      QuantizeRowValues(*plan.kernels, group.quantization, values, group.width, target.groups[g]);
     }
   }
 }

@@ -25,19 +25,16 @@ struct ActivationPlan {
   int residual_bits = 8;
 };
 
-// Where the codes of one row go; null codes skip a group, null residual skips the residual.
+// Where the codes of one row go; null codes skip a group or the residual.
 struct RowTarget {
-  std::array<int8_t*, kGroups> codes{};
-  std::array<float*, kGroups> scale{};
-  int8_t* residual = nullptr;
-  float* residual_scale = nullptr;
+  std::array<CodeTarget, kGroups> groups;
+  CodeTarget residual;  // of the main group, which must not be skipped then
 };
 
 // Floats of working memory that QuantizeRow needs.
 inline int64_t RowWorkspace(const ActivationPlan& plan) { return 3 * plan.gather.channels; }
 
-// x: [gather.channels]; workspace: [RowWorkspace(plan)]; ahead: may be null. The residual needs the
-// main codes.
+// x: [gather.channels]; workspace: [RowWorkspace(plan)]; ahead: may be null.
 void QuantizeRow(const ActivationPlan& plan, const float* x, ReadAhead* ahead, float* workspace,
                  const RowTarget& target);
 

@@ -19,16 +19,10 @@ CodeRows TakeCodeRows(Scratch& scratch, int64_t rows, int64_t channels, int64_t 
 void FinishRow(const RowKernels& kernels, const CodeRows& rows, int64_t m) {
   int8_t* codes = rows.row(m);
   std::memset(codes + rows.channels, 0, static_cast<size_t>(rows.stride - rows.channels));
-  int32_t* sums = rows.sums + m * rows.sums_stride();
-  if (rows.block_size == 0) {
-    *sums = kernels.sum_codes(codes, rows.channels);
-    return;
-  }
-  *sums = 0;
-  int32_t* block_sum = sums + 1;
+  if (rows.block_size == 0) return;
+  int32_t* block_sum = rows.sums + m * rows.sums_stride() + 1;
   for (int64_t k = 0; k < rows.channels; k += rows.block_size, ++block_sum) {
     *block_sum = kernels.sum_codes(codes + k, std::min(rows.channels - k, rows.block_size));
-    *sums += *block_sum;
   }
 }
 

@@ -5,7 +5,7 @@
 
 #include "include/scratch.h"
 #include "include/sizes.h"
-#include "quantize/kernel.h"
+#include "quantize/rows.h"
 
 namespace splitq {
 
@@ -22,6 +22,8 @@ struct CodeRows {
   int64_t sums_stride() const { return 1 + (block_size > 0 ? CeilDiv(channels, block_size) : 0); }
   int8_t* row(int64_t m) const { return codes + m * stride; }
 
+  CodeTarget target(int64_t m) const { return {row(m), scale + m, sums + m * sums_stride()}; }
+
   CodeRows from(int64_t m) const {
     CodeRows rows = *this;
     rows.codes += m * stride;
@@ -33,7 +35,7 @@ struct CodeRows {
 
 CodeRows TakeCodeRows(Scratch& scratch, int64_t rows, int64_t channels, int64_t block_size = 0);
 
-// Completes row m, whose codes are written: its padding and its sums.
+// Completes row m, whose codes and their sum are written: its padding and the sums of its blocks.
 void FinishRow(const RowKernels& kernels, const CodeRows& rows, int64_t m);
 
 }  // namespace splitq

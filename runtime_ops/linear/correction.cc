@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "include/restrict.h"
 #include "linear/panel_terms.h"
 #include "quantize/rows.h"
 
@@ -9,6 +10,16 @@ namespace splitq {
 namespace {
 
 constexpr int kLatentBits = 8;
+
+// target += row * gate. A whole panel has a form of its own, which compilers make vectors of.
+void AddGated(const float* SPLITQ_RESTRICT row, const float* SPLITQ_RESTRICT gate, int64_t width,
+              float* SPLITQ_RESTRICT target) {
+  if (width == kPanel) {
+    for (int64_t n = 0; n < kPanel; ++n) target[n] += row[n] * gate[n];
+  } else {
+    for (int64_t n = 0; n < width; ++n) target[n] += row[n] * gate[n];
+  }
+}
 
 // Adds gate * terms of the columns below `rank` to z, rows through `index` (null: the identity).
 void AddBranch(const Correction& correction, const CodeRows& rows, const int64_t* index,
@@ -24,7 +35,7 @@ void AddBranch(const Correction& correction, const CodeRows& rows, const int64_t
       const int64_t width = std::min(rank - first, kPanel);
       for (int64_t m = 0; m < count; ++m, row += kPanel) {
         float* target = z + (index != nullptr ? index[m] : m) * correction.rank() + first;
-        for (int64_t n = 0; n < width; ++n) target[n] += row[n] * gate[first + n];
+        AddGated(row, gate + first, width, target);
       }
     }
   }
@@ -47,8 +58,8 @@ void QuantizeLatent(const Correction& correction, const CodeRows& main, const Ma
               correction.mac_rank, workspace);
   }
   for (int64_t m = 0; m < count; ++m) {
-    latent.scale[m] = QuantizeRowValues(*correction.kernels, {kLatentBits}, workspace + m * rank,
-                                        rank, latent.row(m));
+    QuantizeRowValues(*correction.kernels, {kLatentBits}, workspace + m * rank, rank,
+                      latent.target(m));
     FinishRow(*correction.kernels, latent, m);
   }
 }

@@ -17,8 +17,12 @@
 namespace splitq {
 namespace {
 
-// Rows of a task of the first pass: few, to give every thread some of a short prompt.
-constexpr int64_t PrepareRows(int64_t rows) { return rows <= 32 ? 8 : 16; }
+// Rows of a task of the first pass: few, to give every thread some of a short prompt; more where
+// every thread has a task all the same, because each task reads U once.
+constexpr int64_t LeastTaskRows(int64_t rows) { return rows <= 32 ? 8 : 16; }
+constexpr int64_t TaskRows(int64_t rows, int64_t threads) {
+  return rows >= 64 * threads ? 32 : LeastTaskRows(rows);
+}
 
 // Below this many units (a multiplication of a code, unpacking it counted as eight) one thread is
 // done before another has woken up.
@@ -56,7 +60,7 @@ Buffers TakeBuffers(const SplitLinear& layer, int64_t rows, Scratch& scratch) {
       buffers.mac_index = scratch.Take<int64_t>(rows);
     }
   }
-  buffers.floats = scratch.Take<float>(CeilDiv(rows, PrepareRows(rows)) * buffers.task_floats);
+  buffers.floats = scratch.Take<float>(CeilDiv(rows, LeastTaskRows(rows)) * buffers.task_floats);
   return buffers;
 }
 
@@ -92,8 +96,17 @@ SPLITQ_PREFETCH void PrefetchFirst(const void* data, int64_t bytes) {
 SPLITQ_PREFETCH void PrefetchShort(const SplitLinear& layer) {
   constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
   const ActivationPlan& plan = layer.activation;
-  PrefetchFirst(plan.gather.order, plan.gather.channels * kFloat);
-  PrefetchFirst(plan.gather.scale, plan.gather.channels * kFloat);
+  const int64_t channels = plan.gather.channels;
+  const int32_t* order = plan.gather.order;
+  if (order != nullptr && plan.kernels->windows) {  // the outliers' channels seldom have one
+    constexpr auto kWindow = static_cast<int64_t>(sizeof(GatherWindow));
+    const int64_t main = plan.groups[kMain].width;
+    PrefetchFirst(plan.gather.windows, channels / kGatherBlock * kWindow);
+    PrefetchFirst(order + main, (channels - main) * kFloat);
+  } else {
+    PrefetchFirst(order, channels * kFloat);
+  }
+  PrefetchFirst(plan.gather.scale, channels * kFloat);
   for (const ChannelGroup& group : plan.groups) {
     if (group.width == 0) continue;
     const KroneckerFactors& factors = group.factors;
@@ -119,20 +132,17 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
   for (int64_t m = first; m < first + count; ++m) {
     RowTarget target;
     for (int g = 0; g < kGroups; ++g) {
-      if (plan.groups[g].width == 0) continue;
-      target.codes[g] = buffers.codes[g].row(m);
-      target.scale[g] = buffers.codes[g].scale + m;
+      if (plan.groups[g].width > 0) target.groups[g] = buffers.codes[g].target(m);
     }
     if (has_mac && TakesMac(layer.correction, data.modality, m)) {
-      target.residual = mac.residual.row(mac.count);
-      target.residual_scale = mac.residual.scale + mac.count;
+      target.residual = mac.residual.target(mac.count);
     }
     ReadAhead ahead = ReadAheadOf(layer, data, m, next);
     QuantizeRow(plan, data.x + m * plan.gather.channels, &ahead, floats, target);
     for (int g = 0; g < kGroups; ++g) {
       if (plan.groups[g].width > 0) FinishRow(*plan.kernels, buffers.codes[g], m);
     }
-    if (target.residual != nullptr) {
+    if (target.residual.codes != nullptr) {
       FinishRow(*plan.kernels, mac.residual, mac.count);
       index[mac.count++] = m - first;
     }
@@ -144,9 +154,9 @@ MacRows PrepareCodes(const SplitLinear& layer, const SplitLinearRows& data, cons
 // next: main weights that are read after them. coded(): called in between.
 template <typename Coded>
 void PrepareTask(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                 int64_t task, MemoryRange next, const Coded& coded) {
-  const int64_t first = task * PrepareRows(data.rows);
-  const int64_t count = std::min(data.rows - first, PrepareRows(data.rows));
+                 int64_t task, int64_t task_rows, MemoryRange next, const Coded& coded) {
+  const int64_t first = task * task_rows;
+  const int64_t count = std::min(data.rows - first, task_rows);
   float* floats = buffers.floats + task * buffers.task_floats;
   const MacRows mac = PrepareCodes(layer, data, buffers, first, count, next, floats);
   coded();
@@ -272,7 +282,8 @@ class Ready {
 // Both passes in one loop. Every thread first takes a tile, to know which weights it will read.
 void RunBothPasses(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
                    PanelQueue& queue, const ParallelFor& parallel) {
-  const int64_t tasks = CeilDiv(data.rows, PrepareRows(data.rows));
+  const int64_t task_rows = TaskRows(data.rows, parallel.threads());
+  const int64_t tasks = CeilDiv(data.rows, task_rows);
   std::atomic<int64_t> next{0}, left{queue.tiles()};
   Ready codes(tasks), latent(tasks);
   parallel(std::min(parallel.threads(), std::max(tasks, queue.tiles())), false, [&](int64_t) {
@@ -286,7 +297,7 @@ void RunBothPasses(const SplitLinear& layer, const SplitLinearRows& data, const 
     };
     bool taken = take();
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      PrepareTask(layer, data, buffers, task, weights, [&] { codes.Set(); });
+      PrepareTask(layer, data, buffers, task, task_rows, weights, [&] { codes.Set(); });
       latent.Set();
     }
     for (; taken; taken = take()) {
@@ -317,10 +328,10 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
   const int64_t threads = serial ? 1 : parallel.threads();
   PanelQueue queue(data.rows, layer.weights[kMain].panels(), threads);
   if (threads > 1) return RunBothPasses(layer, data, buffers, queue, parallel);
-  const int64_t tasks = CeilDiv(data.rows, PrepareRows(data.rows));
+  const int64_t task_rows = TaskRows(data.rows, 1), tasks = CeilDiv(data.rows, task_rows);
   const MemoryRange weights = RangeOf(layer.weights[kMain]);
   for (int64_t task = 0; task < tasks; ++task) {
-    PrepareTask(layer, data, buffers, task, weights, [] {});
+    PrepareTask(layer, data, buffers, task, task_rows, weights, [] {});
   }
   for (int64_t tile = 0; tile < queue.tiles(); ++tile) {
     OutputTile(layer, data, buffers, queue.Next(), [] {});

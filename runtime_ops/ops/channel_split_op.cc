@@ -17,17 +17,16 @@ struct OutputRows {
   float* scale = nullptr;   // [rows]
 };
 
+CodeTarget RowOf(const OutputRows& output, int64_t row) {
+  return {output.codes + row * output.width, output.scale + row};
+}
+
 RowTarget TargetOf(const OutputRows (&outputs)[kGroups + 1], int64_t row) {
   RowTarget target;
   for (int g = 0; g < kGroups; ++g) {
-    if (outputs[g].codes == nullptr) continue;
-    target.codes[g] = outputs[g].codes + row * outputs[g].width;
-    target.scale[g] = outputs[g].scale + row;
+    if (outputs[g].codes != nullptr) target.groups[g] = RowOf(outputs[g], row);
   }
-  if (outputs[kResidual].codes != nullptr) {
-    target.residual = outputs[kResidual].codes + row * outputs[kResidual].width;
-    target.residual_scale = outputs[kResidual].scale + row;
-  }
+  if (outputs[kResidual].codes != nullptr) target.residual = RowOf(outputs[kResidual], row);
   return target;
 }
 

@@ -8,9 +8,9 @@ namespace splitq {
 void GatherAvx512Vnni(const ChannelGather& gather, const float* x, int64_t begin, int64_t count,
                       float* out);
 Extremes FindExtremesAvx512Vnni(const float* values, int64_t width);
-void EncodeAvx512Vnni(const float* values, int64_t width, Encoding encoding, int8_t* codes);
-void SubtractCodesAvx512Vnni(const float* values, const int8_t* codes, float scale, int64_t width,
-                             float* out);
+int32_t EncodeAvx512Vnni(const float* values, int64_t width, Encoding encoding, int8_t* codes);
+Encoded EncodeWithRestAvx512Vnni(const float* values, int64_t width, Encoding encoding, float scale,
+                                 int8_t* codes, float* rest);
 void MultiplyAvx512Vnni(const MatrixProduct& product);
 
 }  // namespace splitq

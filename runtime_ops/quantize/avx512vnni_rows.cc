@@ -70,9 +70,52 @@ SPLITQ_INLINE __m512i Pack(const __m512i* parts) {
   return _mm512_permutexvar_epi32(order, bytes);
 }
 
-SPLITQ_INLINE __m512 Rest(__m512 values, __m128i codes, __m512 scale) {
-  const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-  return _mm512_sub_ps(values, _mm512_mul_ps(wide, scale));
+// Extremes of all lanes.
+SPLITQ_INLINE Extremes Across(const Lanes& a, const Lanes& b) {
+  return {_mm512_reduce_min_ps(_mm512_min_ps(a.low, b.low)),
+          _mm512_reduce_max_ps(_mm512_max_ps(a.high, b.high))};
+}
+
+// Codes of 16 values of a row, as integers; with_rest: and what they leave.
+template <bool with_rest>
+SPLITQ_INLINE __m512i Take(__m512 values, __mmask16 lanes, const Encoder& encoder, __m512 scale,
+                           float* rest, __m512i& sums, Lanes& extremes) {
+  const __m512i codes = EncodeLanes(values, encoder);
+  sums = _mm512_mask_add_epi32(sums, lanes, sums, codes);
+  if (with_rest) {
+    const __m512 left = _mm512_sub_ps(values, _mm512_mul_ps(_mm512_cvtepi32_ps(codes), scale));
+    _mm512_mask_storeu_ps(rest, lanes, left);
+    Include(_mm512_maskz_mov_ps(lanes, left), extremes);
+  }
+  return codes;
+}
+
+template <bool with_rest>
+SPLITQ_INLINE Encoded EncodeRow(const float* values, int64_t width, const Encoding& encoding,
+                                float scale, int8_t* codes, float* rest) {
+  const Encoder encoder{_mm512_set1_ps(encoding.inverse), _mm512_set1_ps(encoding.low),
+                        _mm512_set1_ps(encoding.high)};
+  const __m512 scales = _mm512_set1_ps(scale);
+  __m512i sums = _mm512_setzero_si512();
+  Lanes extremes[2];
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+    __m512i parts[4];
+    for (int part = 0; part < 4; ++part) {
+      const int64_t at = i + part * kLanes;
+      parts[part] =
+          Take<with_rest>(_mm512_loadu_ps(values + at), FirstLanes(kLanes), encoder, scales,
+                          with_rest ? rest + at : nullptr, sums, extremes[part % 2]);
+    }
+    _mm512_storeu_si512(codes + i, Pack(parts));
+  }
+  for (; i < width; i += kLanes) {
+    const __mmask16 lanes = FirstLanes(width - i);
+    const __m512i part = Take<with_rest>(_mm512_maskz_loadu_ps(lanes, values + i), lanes, encoder,
+                                         scales, with_rest ? rest + i : nullptr, sums, extremes[0]);
+    _mm512_mask_cvtepi32_storeu_epi8(codes + i, lanes, part);
+  }
+  return {_mm512_reduce_add_epi32(sums), Across(extremes[0], extremes[1])};
 }
 
 }  // namespace
@@ -87,41 +130,16 @@ Extremes FindExtremesAvx512Vnni(const float* values, int64_t width) {
   for (; i < width; i += kLanes) {
     Include(_mm512_maskz_loadu_ps(FirstLanes(width - i), values + i), even);
   }
-  return {_mm512_reduce_min_ps(_mm512_min_ps(even.low, odd.low)),
-          _mm512_reduce_max_ps(_mm512_max_ps(even.high, odd.high))};
+  return Across(even, odd);
 }
 
-void EncodeAvx512Vnni(const float* values, int64_t width, Encoding encoding, int8_t* codes) {
-  const Encoder encoder{_mm512_set1_ps(encoding.inverse), _mm512_set1_ps(encoding.low),
-                        _mm512_set1_ps(encoding.high)};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
-    __m512i parts[4];
-    for (int part = 0; part < 4; ++part) {
-      parts[part] = EncodeLanes(_mm512_loadu_ps(values + i + part * kLanes), encoder);
-    }
-    _mm512_storeu_si512(codes + i, Pack(parts));
-  }
-  for (; i < width; i += kLanes) {
-    const __mmask16 lanes = FirstLanes(width - i);
-    const __m512i part = EncodeLanes(_mm512_maskz_loadu_ps(lanes, values + i), encoder);
-    _mm512_mask_cvtepi32_storeu_epi8(codes + i, lanes, part);
-  }
+int32_t EncodeAvx512Vnni(const float* values, int64_t width, Encoding encoding, int8_t* codes) {
+  return EncodeRow<false>(values, width, encoding, 0.0f, codes, nullptr).sum;
 }
 
-void SubtractCodesAvx512Vnni(const float* values, const int8_t* codes, float scale, int64_t width,
-                             float* out) {
-  const __m512 scales = _mm512_set1_ps(scale);
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
-    _mm512_storeu_ps(out + i, Rest(_mm512_loadu_ps(values + i), bytes, scales));
-  }
-  if (i == width) return;
-  const __mmask16 lanes = FirstLanes(width - i);
-  const __m128i bytes = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(lanes, codes + i));
-  const __m512 rest = Rest(_mm512_maskz_loadu_ps(lanes, values + i), bytes, scales);
-  _mm512_mask_storeu_ps(out + i, lanes, rest);
+Encoded EncodeWithRestAvx512Vnni(const float* values, int64_t width, Encoding encoding, float scale,
+                                 int8_t* codes, float* rest) {
+  return EncodeRow<true>(values, width, encoding, scale, codes, rest);
 }
 
 namespace {

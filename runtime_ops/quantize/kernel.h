@@ -32,6 +32,12 @@ struct Encoding {
   float inverse, low, high;
 };
 
+// What becomes of a row: the sum of its codes, and the extremes of what they leave.
+struct Encoded {
+  int32_t sum;
+  Extremes rest;
+};
+
 // Arrays overlap only where they are the same argument; no alignment is promised; width >= 0.
 struct RowKernels {
   const char* name;  // rows_isa
@@ -40,19 +46,21 @@ struct RowKernels {
   // out[i] = x[order[begin + i]] * scale[begin + i], i < count. x: [channels]
   void (*gather)(const ChannelGather& gather, const float* x, int64_t begin, int64_t count,
                  float* out);
+  bool windows;  // whether it reads windows, and the order only where a block has none
 
   // Of 0 and the values, NaNs ignored.
   Extremes (*find_extremes)(const float* values, int64_t width);
 
-  // codes: [width]
-  void (*encode)(const float* values, int64_t width, Encoding encoding, int8_t* codes);
+  // Returns the sum of the codes. codes: [width], width at most kMaxChannelsIn of pack/layout.h
+  int32_t (*encode)(const float* values, int64_t width, Encoding encoding, int8_t* codes);
+
+  // As encode; rest = values - codes * scale, product and difference rounded one after the other.
+  // codes, rest: [width]
+  Encoded (*encode_with_rest)(const float* values, int64_t width, Encoding encoding, float scale,
+                              int8_t* codes, float* rest);
 
   // The sum of the codes. codes: [width], width at most kMaxChannelsIn of pack/layout.h
   int32_t (*sum_codes)(const int8_t* codes, int64_t width);
-
-  // out = values - codes * scale, product and difference rounded one after the other.
-  void (*subtract_codes)(const float* values, const int8_t* codes, float scale, int64_t width,
-                         float* out);
 
   void (*multiply)(const MatrixProduct& product);
 };

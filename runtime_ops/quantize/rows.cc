@@ -32,15 +32,36 @@ Scaling Asymmetric(const Extremes& extremes, int bits, float clip) {
   return {scale, {inverse, -zero, top - zero}};
 }
 
+Scaling ScalingOf(const RowQuantization& how, const Extremes& extremes) {
+  return how.symmetric ? Symmetric(extremes, how.bits, how.clip)
+                       : Asymmetric(extremes, how.bits, how.clip);
+}
+
+void Store(float scale, int32_t sum, const CodeTarget& target) {
+  *target.scale = scale;
+  if (target.sum != nullptr) *target.sum = sum;
+}
+
+void Quantize(const RowKernels& kernels, const Scaling& scaling, const float* values, int64_t width,
+              const CodeTarget& target) {
+  Store(scaling.scale, kernels.encode(values, width, scaling.encoding, target.codes), target);
+}
+
 }  // namespace
 
-float QuantizeRowValues(const RowKernels& kernels, const RowQuantization& how, const float* values,
-                        int64_t width, int8_t* codes) {
-  const Extremes extremes = kernels.find_extremes(values, width);
-  const Scaling scaling = how.symmetric ? Symmetric(extremes, how.bits, how.clip)
-                                        : Asymmetric(extremes, how.bits, how.clip);
-  kernels.encode(values, width, scaling.encoding, codes);
-  return scaling.scale;
+void QuantizeRowValues(const RowKernels& kernels, const RowQuantization& how, const float* values,
+                       int64_t width, const CodeTarget& target) {
+  Quantize(kernels, ScalingOf(how, kernels.find_extremes(values, width)), values, width, target);
+}
+
+void QuantizeWithResidual(const RowKernels& kernels, const RowQuantization& how, int residual_bits,
+                          const float* values, int64_t width, float* rest, const CodeTarget& target,
+                          const CodeTarget& residual) {
+  const Scaling scaling = ScalingOf(how, kernels.find_extremes(values, width));
+  const Encoded encoded =
+      kernels.encode_with_rest(values, width, scaling.encoding, scaling.scale, target.codes, rest);
+  Store(scaling.scale, encoded.sum, target);
+  Quantize(kernels, ScalingOf({residual_bits}, encoded.rest), rest, width, residual);
 }
 
 }  // namespace splitq

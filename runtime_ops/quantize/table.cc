@@ -10,22 +10,43 @@
 namespace splitq {
 namespace {
 
+// From loops that do one thing at a time.
+template <auto encode, auto sum>
+int32_t Encode(const float* values, int64_t width, Encoding encoding, int8_t* codes) {
+  encode(values, width, encoding, codes);
+  return sum(codes, width);
+}
+
+template <auto encode, auto sum, auto subtract, auto find_extremes>
+Encoded EncodeWithRest(const float* values, int64_t width, Encoding encoding, float scale,
+                       int8_t* codes, float* rest) {
+  encode(values, width, encoding, codes);
+  subtract(values, codes, scale, width, rest);
+  return {sum(codes, width), find_extremes(rest, width)};
+}
+
 // Fastest first; the scalar kernels run everywhere and end the list.
 constexpr RowKernels kRowKernels[] = {
 #if defined(SPLITQ_AVX512VNNI)
-    {"rows_avx512vnni", Isa::kAvx512Vnni, GatherAvx512Vnni, FindExtremesAvx512Vnni,
-     EncodeAvx512Vnni, SumCodesAvx2, SubtractCodesAvx512Vnni, MultiplyAvx512Vnni},
+    {"rows_avx512vnni", Isa::kAvx512Vnni, GatherAvx512Vnni, true, FindExtremesAvx512Vnni,
+     EncodeAvx512Vnni, EncodeWithRestAvx512Vnni, SumCodesAvx2, MultiplyAvx512Vnni},
 #endif
 #if defined(SPLITQ_AVX2)
-    {"rows_avx2", Isa::kAvx2, GatherScalar, FindExtremesAvx2, EncodeAvx2, SumCodesAvx2,
-     SubtractCodesAvx2, MultiplyAvx2},
+    {"rows_avx2", Isa::kAvx2, GatherScalar, false, FindExtremesAvx2,
+     Encode<EncodeAvx2, SumCodesAvx2>,
+     EncodeWithRest<EncodeAvx2, SumCodesAvx2, SubtractCodesAvx2, FindExtremesAvx2>, SumCodesAvx2,
+     MultiplyAvx2},
 #endif
 #if defined(SPLITQ_NEON)
-    {"rows_neon", Isa::kNeon, GatherScalar, FindExtremesNeon, EncodeNeon, SumCodesNeon,
-     SubtractCodesNeon, MultiplyNeon},
+    {"rows_neon", Isa::kNeon, GatherScalar, false, FindExtremesNeon,
+     Encode<EncodeNeon, SumCodesNeon>,
+     EncodeWithRest<EncodeNeon, SumCodesNeon, SubtractCodesNeon, FindExtremesNeon>, SumCodesNeon,
+     MultiplyNeon},
 #endif
-    {"rows_scalar", Isa::kScalar, GatherScalar, FindExtremesScalar, EncodeScalar, SumCodesScalar,
-     SubtractCodesScalar, MultiplyScalar},
+    {"rows_scalar", Isa::kScalar, GatherScalar, false, FindExtremesScalar,
+     Encode<EncodeScalar, SumCodesScalar>,
+     EncodeWithRest<EncodeScalar, SumCodesScalar, SubtractCodesScalar, FindExtremesScalar>,
+     SumCodesScalar, MultiplyScalar},
 };
 
 }  // namespace

@@ -54,12 +54,15 @@ void TestRow(const RowKernels& kernels, int64_t width, bool finite, std::mt19937
   report.Check(SameBits(&extremes, &expected, 1), "%s: extremes of %d", kernels.name, size);
   for (const Encoding encoding : {Encoding{1.0f, -128.0f, 127.0f}, Encoding{0.25f, -8.0f, 7.0f},
                                   Encoding{0.37f, -0.0f, 3.0f}, Encoding{1e12f, -2.0f, 1.0f}}) {
-    kernels.encode(values.data(), width, encoding, codes.data());
-    bool same = codes.Intact() && values.Intact();
-    for (int64_t i = 0; i < width; ++i) same = same && codes[i] == PlainCode(values[i], encoding);
-    report.Check(same, "%s: codes of %d", kernels.name, size);
     int32_t sum = 0;
-    for (int64_t i = 0; i < width; ++i) sum += codes[i];
+    for (int64_t i = 0; i < width; ++i) sum += PlainCode(values[i], encoding);
+    const auto right_codes = [&] {
+      bool same = codes.Intact() && values.Intact();
+      for (int64_t i = 0; i < width; ++i) same = same && codes[i] == PlainCode(values[i], encoding);
+      return same;
+    };
+    const int32_t encoded = kernels.encode(values.data(), width, encoding, codes.data());
+    report.Check(right_codes() && encoded == sum, "%s: codes of %d", kernels.name, size);
     report.Check(kernels.sum_codes(codes.data(), width) == sum, "%s: sum of %d codes", kernels.name,
                  size);
     const float scale = 1.0f / encoding.inverse;
@@ -68,9 +71,18 @@ void TestRow(const RowKernels& kernels, int64_t width, bool finite, std::mt19937
       const volatile float product = static_cast<float>(codes[i]) * scale;  // rounded here
       plain[static_cast<size_t>(i)] = values[i] - product;
     }
-    kernels.subtract_codes(values.data(), codes.data(), scale, width, residual.data());
-    const bool right = !finite || SameBits(residual.data(), plain.data(), width);
-    report.Check(right && residual.Intact(), "%s: residual of %d", kernels.name, size);
+    Extremes left{0.0f, 0.0f};
+    for (const float value : plain) {
+      if (value < left.low) left.low = value;
+      if (value > left.high) left.high = value;
+    }
+    std::fill_n(codes.data(), width, int8_t{99});
+    const Encoded both = kernels.encode_with_rest(values.data(), width, encoding, scale,
+                                                  codes.data(), residual.data());
+    const bool right = !finite || (SameBits(residual.data(), plain.data(), width) &&
+                                   SameBits(&both.rest, &left, 1));
+    report.Check(right && right_codes() && both.sum == sum && residual.Intact(),
+                 "%s: codes and residual of %d", kernels.name, size);
   }
 }
 
