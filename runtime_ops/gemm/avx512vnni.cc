@@ -1,13 +1,13 @@
 // Reads: layout 1, all bit widths. Tile: 8 rows x 3 panels of 16 channels; the rows left over 4, 3,
-// 2, 1; panels left over, and those of a single row, one by one.
+// 2, 1; panels left over, and those of a single row, one by one. Several products at once: 4 rows.
 // Features: AVX-512 F, BW, VNNI.
-// Exactness: int32, exact. The stored code is the unsigned operand of vpdpbusd, which does not
-// saturate; sums wrap around and end right, as the whole sum fits. The zero point is taken off the
-// sum: sum(q a) = sum(u a) - z sum(a).
-// Idea: a vector of the layout is one register, 4 k of all 16 channels; its fields are masked out
-// in registers and multiplied by 4 codes of each row, broadcast from memory. Three panels a
-// broadcast, because a load takes as long as a product. A sum that would wait for itself is kept in
-// several parts. A single row has only to read the weights in the order in which they lie.
+// Exactness: int32, exact; floats as gemm/terms.h makes them. The stored code is the unsigned
+// operand of vpdpbusd, which does not saturate; sums wrap around and end right, as the whole sum
+// fits. The zero point is taken off the sum: sum(q a) = sum(u a) - z sum(a). Idea: a vector of the
+// layout is one register, 4 k of all 16 channels; its fields are masked out in registers and
+// multiplied by 4 codes of each row, broadcast from memory. Three panels a broadcast, because a
+// load takes as long as a product. A sum that would wait for itself is kept in several parts. A
+// single row has only to read the weights in the order in which they lie.
 //
 // Everything here has internal linkage, as in avx2_low_bits.cc. With SPLITQ_SIMDE the intrinsics
 // are emulated: the tests run this file on every processor.
@@ -386,8 +386,15 @@ SPLITQ_INLINE void RunOutputRows(const OutputSum& sum, int64_t p) {
 template <int bits>
 SPLITQ_INLINE void RunOutput(const OutputSum& sum) {
   const int64_t panels = sum.products->product.panels;
+  int64_t longest = 0;
+  for (int64_t part = 0; part < sum.count; ++part) {
+    const int64_t channels = sum.products[part].product.k_end;
+    longest = longest > channels ? longest : channels;
+  }
   int64_t p = 0;
-  for (; p + kPanels <= panels; p += kPanels) RunOutputRows<bits, kPanels>(sum, p);
+  if (sum.products->product.rows > 1 || longest <= kShort) {
+    for (; p + kPanels <= panels; p += kPanels) RunOutputRows<bits, kPanels>(sum, p);
+  }
   for (; p < panels; ++p) RunOutputRows<bits, 1>(sum, p);
 }
 

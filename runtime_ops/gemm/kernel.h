@@ -53,7 +53,7 @@ struct OutputSum {
   const float* bias;  // of the first panel's first channel, of those that exist, or null
   float* y;           // likewise, of the first row
   int64_t y_stride;   // elements from row to row
-  int64_t outputs;    // channels that the panels have; others are not written
+  int64_t outputs;    // channels that exist from the first panel's first on; others are not written
 };
 
 // For kernels that take one panel at a time. Internal linkage and always inlined: files of several

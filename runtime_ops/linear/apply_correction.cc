@@ -38,7 +38,7 @@ void CopyRow(const RowKernels& kernels, const int8_t* codes, float scale, const 
              int64_t row) {
   std::memcpy(rows.row(row), codes, static_cast<size_t>(rows.channels));
   rows.scale[row] = scale;
-  *rows.target(row).sum = kernels.sum_codes(codes, rows.channels);
+  rows.sums[row * rows.sums_stride()] = kernels.sum_codes(codes, rows.channels);
   FinishRow(kernels, rows, row);
 }
 

@@ -119,23 +119,27 @@ void PanelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& r
   compute(weight, panels, rows, count, terms);
 }
 
-bool OutputTerms(const Factors* factors, int64_t added, PanelRange panels, int64_t count,
-                 const float* terms, const TileOutput& output) {
+bool HaveOutput(const Factors* factors, int64_t added) {
+  if (added == 0) return false;
   const auto run = factors->weight->kernel->run_output;
-  if (run == nullptr) return false;
+  const auto same = [&](const Factors& each) { return each.weight->kernel->run_output == run; };
+  return run != nullptr && std::all_of(factors, factors + added, same);
+}
+
+void OutputTerms(const Factors* factors, int64_t added, PanelRange panels, int64_t count,
+                 const float* terms, const TileOutput& output) {
   ScaledProduct products[kMostFactors];
   for (int64_t i = 0; i < added; ++i) {
     const PackedWeight& weight = *factors[i].weight;
     const CodeRows& rows = factors[i].rows;
-    if (weight.kernel->run_output != run) return false;
     const Range all = {0, weight.channels_in, 0};
     products[i] = {ProductOf(weight, panels, rows, count, all, nullptr), rows.scale,
                    weight.scale + panels.first * kPanel};
   }
   const int64_t outputs = factors->weight->channels_out, first = panels.first * kPanel;
   const float* bias = output.bias != nullptr ? output.bias + first : nullptr;
-  run({products, added, terms, bias, output.y + first, outputs, outputs - first});
-  return true;
+  factors->weight->kernel->run_output(
+      {products, added, terms, bias, output.y + first, outputs, outputs - first});
 }
 
 void AddPanelTerms(const PackedWeight& weight, PanelRange panels, const CodeRows& rows,

@@ -56,9 +56,11 @@ struct TileOutput {
   float* y;           // [count, channels_out]
 };
 
-// y = terms + the products of `added` factors, 1 to kMostFactors, in order, + bias, at once. False,
-// and nothing is done, if the weights' kernels do not have that.
-bool OutputTerms(const Factors* factors, int64_t added, PanelRange panels, int64_t count,
+// Whether one kernel makes the products of all of these factors at once.
+bool HaveOutput(const Factors* factors, int64_t added);
+
+// y = terms + the products of these factors, in order, + bias, at once; if HaveOutput.
+void OutputTerms(const Factors* factors, int64_t added, PanelRange panels, int64_t count,
                  const float* terms, const TileOutput& output);
 
 // Output channels in this panel, 16 but for the last one.

@@ -226,13 +226,14 @@ void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buf
     if (layer.activation.groups[g].width == 0) continue;
     factors[added++] = {&layer.weights[g], buffers.codes[g].from(first)};
   }
-  if (layer.corrected) {
-    wait_latent();
-    factors[added++] = {&layer.correction.v, buffers.latent.from(first)};
-  }
+  if (layer.corrected) factors[added++] = {&layer.correction.v, buffers.latent.from(first)};
   float* y = data.y + first * layer.channels_out();
-  if (added > 0 && OutputTerms(factors, added, panels, count, total, {layer.bias, y})) return;
+  if (HaveOutput(factors, added)) {
+    if (layer.corrected) wait_latent();
+    return OutputTerms(factors, added, panels, count, total, {layer.bias, y});
+  }
   for (int64_t i = 0; i < added; ++i) {
+    if (layer.corrected && i == added - 1) wait_latent();  // the latent codes come last
     AddPanelTerms(*factors[i].weight, panels, factors[i].rows, count, total);
   }
   StoreTile(layer, total, count, panels, y);

@@ -32,7 +32,8 @@ struct Encoding {
   float inverse, low, high;
 };
 
-// What becomes of a row: the sum of its codes, and the extremes of what they leave.
+// What becomes of a row: the sum of its codes, and the extremes of 0 and what they leave, NaNs
+// ignored.
 struct Encoded {
   int32_t sum;
   Extremes rest;

@@ -84,7 +84,7 @@ SPLITQ_INLINE void ProductRows(const MatrixProduct& p, int64_t i, int64_t count,
 }
 
 // All rows of these columns. The last ones, when they are more than a tile, make two of nearly the
-// same size: the sums of a tile of one or two rows would wait for themselves.
+// same size: the sums of a tile of few rows would wait for themselves.
 template <typename V, int vectors>
 SPLITQ_INLINE void ProductColumns(const MatrixProduct& p, int64_t j) {
   int64_t i = 0;

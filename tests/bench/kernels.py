@@ -6,7 +6,7 @@
 A case is a model of several equal layers with their own copies of the weights, together larger than the caches, as a
 decoder pass through a whole model finds them. Every round runs every case once in turn, so that all see the same
 machine; the time of a case is the median over the rounds, activation quantization included: processor time with one
-thread, elapsed time with more. Our cases of one channel
+thread, elapsed time with more. ONNX Runtime's threads are kept on a processor each, llama.cpp's run where they like. Our cases of one channel
 group are compared with plain integer arithmetic before anything is timed, llama.cpp's with the product of their
 rounded weights; the whole SplitQ layers are not (tests/parity does that), and their bytes count the main weight as if
 it had all channels. Without --native llama.cpp's cases and the integer peak are left out.
@@ -50,7 +50,7 @@ SHAPES = "576x960,576x3072,1536x576,2048x2048,2048x8192,8192x2048,4096x4096,4096
 TOLERANCE = 1e-5  # relative, of float sums in another order
 GGML_TOLERANCE = 0.02  # relative, of activations quantized by blocks to 8 bits
 COLD_ROWS = 16  # with more, a layer's weight is read once for so much work that two copies will do
-SETTLE_S = 0.1  # several threads: two of a new session at first share a processor for tens of milliseconds
+SETTLE_S = 0.1  # several threads: two new ones that nobody keeps apart share a processor for tens of milliseconds
 LINE = 64  # bytes of a cache line
 LARGE = 2048  # input and output channels
 OWN_PEERS = ("W4A8", "W3A8", "W3A3")  # layers of ours that the others are compared with as well
@@ -333,7 +333,10 @@ class Timed(ABC):
 
 
 def processors(threads: int) -> list[int]:
-    """A processor for each thread of a session; none where there are too few or the system does not tell."""
+    """A processor for each thread of a session, the first ones; none where there are too few or the system hides them.
+
+    On processors with two threads a core the first two may be one core.
+    """
     if threads == 1 or not hasattr(os, "sched_setaffinity"):
         return []
     allowed = sorted(os.sched_getaffinity(0))
@@ -419,6 +422,11 @@ class OrtTimed(Timed):
         """See `Timed`; each thread on a processor of its own: the system may leave two on one for a whole case."""
         with kept_on(processors(self.setting.threads)[:1]):
             super().run()
+
+    def warm_up(self) -> None:
+        """See `Timed`."""
+        with kept_on(processors(self.setting.threads)[:1]):
+            super().warm_up()
 
     def _run(self) -> None:
         self.session.run_with_iobinding(self.binding)

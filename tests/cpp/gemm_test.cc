@@ -1,4 +1,5 @@
 // Every micro-kernel of the table against plain loops over logical codes.
+#include <algorithm>
 #include <vector>
 
 #include "gemm/table.h"
@@ -131,30 +132,69 @@ bool SameTerms(const GemmKernel& kernel, const PanelProduct& product, std::mt199
   return same && terms.Intact() && row_scale.Intact() && channel_scale.Intact();
 }
 
-// run_output of `count` products, all of these codes and weights, against float operations on the
-// sums of `run`, to the bit; whatever lies between the rows of y stays as it is.
+// The codes of a product's first k_end channels on their own, with the sums that `run` makes of
+// them.
+class ShorterProduct {
+ public:
+  ShorterProduct(const GemmKernel& kernel, const PanelProduct& whole, int64_t k_end) {
+    product_ = whole;
+    product_.k_end = k_end;
+    product_.codes_stride = CodeRowStride(k_end) + 128;
+    codes_.assign(static_cast<size_t>(whole.rows * product_.codes_stride), 0);
+    code_sums_.assign(static_cast<size_t>(whole.rows), 0);
+    sums_.resize(static_cast<size_t>(whole.panels * whole.rows * kPanel));
+    for (int64_t m = 0; m < whole.rows; ++m) {
+      for (int64_t k = 0; k < k_end; ++k) {
+        const int8_t code = whole.codes[m * whole.codes_stride + k];
+        codes_[static_cast<size_t>(m * product_.codes_stride + k)] = code;
+        code_sums_[static_cast<size_t>(m)] += code;
+      }
+    }
+    product_.codes = codes_.data();
+    product_.code_sums = code_sums_.data();
+    product_.code_sums_stride = 1;
+    product_.sums = sums_.data();
+    kernel.run(product_);
+  }
+  ShorterProduct(const ShorterProduct&) = delete;
+  ShorterProduct& operator=(const ShorterProduct&) = delete;
+
+  const PanelProduct& get() const { return product_; }
+
+ private:
+  PanelProduct product_;
+  std::vector<int8_t> codes_;
+  std::vector<int32_t> code_sums_, sums_;
+};
+
+// run_output of a product and shorter ones, `count` in all, against float operations on the sums of
+// `run`, to the bit; whatever lies beside the panels of y stays as it is.
 bool SameOutput(const GemmKernel& kernel, const PanelProduct& product, int64_t count,
                 bool with_bias, std::mt19937& random) {
   constexpr float kUntouched = -12345.0f;
-  const int64_t outputs = product.panels * kPanel - Draw(random, 0, kPanel - 1);
+  const int64_t width = product.panels * kPanel;
+  const int64_t outputs = width + Draw(random, 1 - static_cast<int>(kPanel), 40);
   const int64_t stride = outputs + 3;
+  const ShorterProduct shortest(kernel, product, std::min<int64_t>(product.k_end, 16));
+  const ShorterProduct shorter(kernel, product, std::min<int64_t>(product.k_end, 48));
   GuardedArray<float> row_scale(count * product.rows), channel_scale(count * outputs);
-  GuardedArray<float> terms(product.panels * product.rows * kPanel), bias(outputs);
-  GuardedArray<float> y(product.rows * stride);
-  const auto fill = [&](float* values, int64_t size) {
+  GuardedArray<float> terms(width * product.rows), bias(outputs), y(product.rows * stride);
+  const auto fill = [&](GuardedArray<float>& values, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
       values[i] = static_cast<float>(Draw(random, -99999, 99999)) / 7919.0f;
     }
   };
-  fill(row_scale.data(), count * product.rows);
-  fill(channel_scale.data(), count * outputs);
-  fill(terms.data(), product.panels * product.rows * kPanel);
-  fill(bias.data(), outputs);
+  fill(row_scale, count * product.rows);
+  fill(channel_scale, count * outputs);
+  fill(terms, width * product.rows);
+  fill(bias, outputs);
   std::fill_n(y.data(), product.rows * stride, kUntouched);
   std::vector<ScaledProduct> products;
-  for (int64_t i = 0; i < count; ++i) {
+  for (const PanelProduct* part : {&shortest.get(), &product, &shorter.get()}) {
+    const auto i = static_cast<int64_t>(products.size());
+    if (i == count) break;
     products.push_back(
-        {product, row_scale.data() + i * product.rows, channel_scale.data() + i * outputs});
+        {*part, row_scale.data() + i * product.rows, channel_scale.data() + i * outputs});
   }
   kernel.run_output({products.data(), count, terms.data(), with_bias ? bias.data() : nullptr,
                      y.data(), stride, outputs});
@@ -162,13 +202,13 @@ bool SameOutput(const GemmKernel& kernel, const PanelProduct& product, int64_t c
   for (int64_t i = 0; i < product.rows * stride; ++i) {
     const int64_t m = i / stride, n = i % stride;
     volatile float expected = kUntouched;  // rounded after every step
-    if (n < outputs) {
+    if (n < std::min(outputs, width)) {
       const int64_t at = (n / kPanel * product.rows + m) * kPanel + n % kPanel;
       expected = terms[at];
-      for (int64_t part = 0; part < count; ++part) {
-        volatile float term = static_cast<float>(product.sums[at]);
-        term = term * row_scale[part * product.rows + m];
-        term = term * channel_scale[part * outputs + n];
+      for (const ScaledProduct& part : products) {
+        volatile float term = static_cast<float>(part.product.sums[at]);
+        term = term * part.row_scale[m];
+        term = term * part.channel_scale[n];
         expected = expected + term;
       }
       if (with_bias) expected = expected + bias[n];

@@ -1,6 +1,7 @@
 // Whole layers without a transform, whose rounding is the only thing that instruction sets may
 // differ in: every instruction set gives the scalar form's bits, with and without threads, and two
 // layers may be used by several threads at once.
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <thread>
@@ -23,10 +24,18 @@ std::vector<T> DrawMany(std::mt19937& random, int64_t count, int low, int high, 
   return values;
 }
 
+struct Ranks {
+  int64_t cws, mac;
+  bool mac_on_text_only;
+};
+
+constexpr Ranks kNone = {0, 0, true}, kBoth = {5, 21, true};
+
 struct Sizes {
   int64_t main, text, vision, outputs, rows, block;
   int bits, activation_bits;
-  bool corrected;
+  Ranks ranks;
+  int extra_bits[3] = {4, 4, 4};  // of the text and vision weights, and of U and V
 };
 
 // A layer that owns its tensors.
@@ -39,7 +48,7 @@ class TestLayer {
     const int64_t widths[kGroups] = {sizes.main, sizes.text, sizes.vision};
     for (int g = 0; g < kGroups; ++g) {
       if (widths[g] == 0) continue;
-      const int bits = g == kMain ? sizes.bits : 4;
+      const int bits = g == kMain ? sizes.bits : sizes.extra_bits[g - 1];
       layer_.weights[g] =
           Weight(random, widths[g], sizes.outputs, bits, g == kMain ? sizes.block : 0);
       layer_.activation.groups[g].width = widths[g];
@@ -48,7 +57,7 @@ class TestLayer {
     windows_ = GatherWindows(order_.data(), channels);
     layer_.activation.gather = {channels, order_.data(), scale_.data(), windows_.data()};
     layer_.activation.residual_bits = 4;
-    if (sizes.corrected) Correct(random);
+    if (sizes.ranks.cws + sizes.ranks.mac > 0) Correct(random);
     x_ = DrawMany<float>(random, sizes.rows * channels, -30000, 30000, 1237.0f);
     bias_ = DrawMany<float>(random, sizes.outputs, -100, 100, 7.0f);
     modality_ = DrawMany<int8_t>(random, sizes.rows, 0, 1);
@@ -91,11 +100,13 @@ class TestLayer {
   void Correct(std::mt19937& random) {
     Correction& correction = layer_.correction;
     layer_.corrected = true;
-    correction.cws_rank = 5;
-    correction.mac_rank = 21;
-    correction.u = Weight(random, sizes_.main, correction.mac_rank, 4, 0);
-    correction.v = Weight(random, correction.mac_rank, sizes_.outputs, 4, 0);
-    gate_ = DrawMany<float>(random, correction.mac_rank, 1, 100, 50.0f);
+    correction.cws_rank = sizes_.ranks.cws;
+    correction.mac_rank = sizes_.ranks.mac;
+    correction.mac_on_text_only = sizes_.ranks.mac_on_text_only;
+    const int64_t rank = std::max(correction.cws_rank, correction.mac_rank);
+    correction.u = Weight(random, sizes_.main, rank, sizes_.extra_bits[2], 0);
+    correction.v = Weight(random, rank, sizes_.outputs, sizes_.extra_bits[2], 0);
+    gate_ = DrawMany<float>(random, rank, 1, 100, 50.0f);
   }
 
   static void Choose(Isa isa, PackedWeight& weight) {
@@ -140,15 +151,21 @@ void TestLayers(Isa isa, Report& report) {
   }
   std::vector<std::unique_ptr<TestLayer>> layers;
   for (const Sizes& sizes : {
-           Sizes{96, 0, 0, 40, 1, 0, 4, 8, false},
-           Sizes{672, 16, 16, 200, 70, 0, 4, 8, true},
-           Sizes{1500, 20, 12, 100, 3, 0, 3, 3, true},
-           Sizes{640, 16, 16, 77, 17, 32, 3, 4, true},
-           Sizes{640, 0, 16, 77, 130, 48, 2, 2, false},
-           Sizes{333, 3, 5, 33, 9, 64, 8, 8, true},
-           Sizes{560, 8, 8, 1700, 1, 0, 4, 8, true},
-           Sizes{560, 8, 8, 300, 8, 0, 3, 4, true},
-           Sizes{2040, 4, 4, 96, 1, 0, 2, 8, true},
+           Sizes{96, 0, 0, 40, 1, 0, 4, 8, kNone},
+           Sizes{672, 16, 16, 200, 70, 0, 4, 8, kBoth},
+           Sizes{1500, 20, 12, 100, 3, 0, 3, 3, kBoth},
+           Sizes{640, 16, 16, 77, 17, 32, 3, 4, kBoth},
+           Sizes{640, 0, 16, 77, 130, 48, 2, 2, kNone},
+           Sizes{333, 3, 5, 33, 9, 64, 8, 8, kBoth},
+           Sizes{560, 8, 8, 1700, 1, 0, 4, 8, kBoth},
+           Sizes{560, 8, 8, 300, 8, 0, 3, 4, kBoth},
+           Sizes{2040, 4, 4, 96, 1, 0, 2, 8, kBoth},
+           Sizes{300, 8, 8, 90, 257, 0, 4, 8, Ranks{4, 20, false}},
+           Sizes{300, 8, 8, 90, 40, 0, 4, 4, Ranks{12, 0, true}},
+           Sizes{300, 0, 8, 90, 40, 0, 3, 4, Ranks{0, 20, false}},
+           Sizes{300, 8, 8, 90, 20, 0, 3, 4, kBoth, {4, 8, 4}},
+           Sizes{300, 8, 8, 90, 20, 0, 3, 4, kBoth, {4, 4, 6}},
+           Sizes{560, 200, 8, 170, 1, 0, 4, 8, kBoth},
        }) {
     layers.push_back(std::make_unique<TestLayer>(sizes, random));
     const std::vector<float> expected = layers.back()->Run(Isa::kScalar, serial);
