@@ -6,10 +6,12 @@
 A case is a model of several equal layers with their own copies of the weights, together larger than the caches, as a
 decoder pass through a whole model finds them. Every round runs every case once in turn, so that all see the same
 machine; the time of a case is the median over the rounds, activation quantization included: processor time with one
-thread, elapsed time with more. ONNX Runtime's threads are kept on a processor each, llama.cpp's run where they like. Our cases of one channel
-group are compared with plain integer arithmetic before anything is timed, llama.cpp's with the product of their
-rounded weights; the whole SplitQ layers are not (tests/parity does that), and their bytes count the main weight as if
-it had all channels. Without --native llama.cpp's cases and the integer peak are left out.
+thread, elapsed time with more. ONNX Runtime's threads are kept on a processor each then, llama.cpp's run where the
+system puts them.
+
+Our cases of one channel group are compared with plain integer arithmetic before anything is timed, llama.cpp's with the
+product of their rounded weights; the whole SplitQ layers are not (tests/parity does that), and their bytes count the
+main weight as if it had all channels. Without --native llama.cpp's cases and the integer peak are left out.
 """
 
 from __future__ import annotations
