@@ -40,9 +40,11 @@ struct Layout {
 
 constexpr int kPanels = 3;  // of a tile
 
-// Channels of a product, of a block: up to these, waiting for the sums of a single row costs more
-// than reading three panels at once.
-constexpr int64_t kShort = 128;
+// So few rows wait for memory, which answers soonest when panels are read one by one, as they lie.
+constexpr int64_t kSinglePanelRows = 4;
+
+// Channels of a block: up to these, waiting for the sums of a single row costs more than reading
+// three panels at once.
 constexpr int64_t kShortBlock = 64;
 
 // The scales of a panel lie a row of channels apart, where no processor foresees them: a single row
@@ -51,7 +53,7 @@ constexpr int64_t kScalesAhead = 4;
 
 // Parts of a sum that do not wait for each other.
 constexpr int Chains(int rows, int panels) {
-  return rows * panels == 1 ? 4 : rows * panels < 4 ? 2 : 1;
+  return rows * panels == 1 ? 4 : rows * panels <= 4 ? 2 : 1;
 }
 
 SPLITQ_INLINE __m512i Load(const void* address) { return _mm512_loadu_si512(address); }
@@ -287,7 +289,7 @@ SPLITQ_INLINE void RunRows(const PanelProduct& product, const TermsOutput* outpu
 template <int bits, Result result>
 SPLITQ_INLINE void Run(const PanelProduct& product, const TermsOutput* output) {
   int64_t p = 0;
-  if (product.rows > 1 || product.k_end - product.k_begin <= kShort) {
+  if (product.rows > kSinglePanelRows) {
     for (; p + kPanels <= product.panels; p += kPanels)
       RunRows<bits, result, kPanels>(product, output, p);
   }
@@ -385,17 +387,12 @@ SPLITQ_INLINE void RunOutputRows(const OutputSum& sum, int64_t p) {
 
 template <int bits>
 SPLITQ_INLINE void RunOutput(const OutputSum& sum) {
-  const int64_t panels = sum.products->product.panels;
-  int64_t longest = 0;
-  for (int64_t part = 0; part < sum.count; ++part) {
-    const int64_t channels = sum.products[part].product.k_end;
-    longest = longest > channels ? longest : channels;
-  }
+  const PanelProduct& first = sum.products->product;
   int64_t p = 0;
-  if (sum.products->product.rows > 1 || longest <= kShort) {
-    for (; p + kPanels <= panels; p += kPanels) RunOutputRows<bits, kPanels>(sum, p);
+  if (first.rows > kSinglePanelRows) {
+    for (; p + kPanels <= first.panels; p += kPanels) RunOutputRows<bits, kPanels>(sum, p);
   }
-  for (; p < panels; ++p) RunOutputRows<bits, 1>(sum, p);
+  for (; p < first.panels; ++p) RunOutputRows<bits, 1>(sum, p);
 }
 
 // As RunTile. The last block may be short: its codes end in zeros, as its weights' block does.

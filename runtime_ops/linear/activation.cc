@@ -8,8 +8,8 @@ namespace {
 const float* TransformGroup(const ActivationPlan& plan, const ChannelGroup& group, int64_t begin,
                             const float* x, ReadAhead* ahead, float* workspace) {
   if (group.factors.p1 != nullptr) {
-    float* work = workspace + plan.gather.channels;
-    ApplyKronecker(*plan.kernels, group.factors, {plan.gather, x, begin}, ahead, work, workspace);
+    ApplyKronecker(*plan.kernels, group.factors, {plan.gather, x, begin}, ahead,
+                   workspace + plan.gather.channels, workspace);
     return workspace;
   }
   if (plan.gather.order == nullptr && plan.gather.scale == nullptr) return x + begin;

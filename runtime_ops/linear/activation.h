@@ -32,7 +32,7 @@ struct RowTarget {
 };
 
 // Floats of working memory that QuantizeRow needs.
-inline int64_t RowWorkspace(const ActivationPlan& plan) { return 3 * plan.gather.channels; }
+inline int64_t RowWorkspace(const ActivationPlan& plan) { return 2 * plan.gather.channels; }
 
 // x: [gather.channels]; workspace: [RowWorkspace(plan)]; ahead: may be null.
 void QuantizeRow(const ActivationPlan& plan, const float* x, ReadAhead* ahead, float* workspace,

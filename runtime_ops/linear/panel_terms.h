@@ -18,11 +18,12 @@ inline constexpr int64_t kTileSize = 3 * kTileRows * kPanel;
 // Panels of a tile of so many rows, at most. Few rows take many: their time is that of reading the
 // weights, which stops for a moment at the end of every tile.
 constexpr int64_t TilePanels(int64_t rows) {
-  return rows <= 4 ? 48 : rows <= 16 ? 12 : rows <= 32 ? 6 : 3;
+  return rows <= 2 ? 96 : rows <= 4 ? 48 : rows <= 16 ? 12 : rows <= 32 ? 6 : 3;
 }
-static_assert(TilePanels(4) * 4 * kPanel <= kTileSize && TilePanels(16) * 16 * kPanel <= kTileSize);
-static_assert(TilePanels(32) * 32 * kPanel <= kTileSize &&
-              TilePanels(kTileRows) * kTileRows * kPanel <= kTileSize);
+static_assert(TilePanels(2) * 2 * kPanel <= kTileSize && TilePanels(4) * 4 * kPanel <= kTileSize);
+static_assert(TilePanels(16) * 16 * kPanel <= kTileSize);
+static_assert(TilePanels(32) * 32 * kPanel <= kTileSize);
+static_assert(TilePanels(kTileRows) * kTileRows * kPanel <= kTileSize);
 
 using FloatTile = float[kTileSize];
 

@@ -32,9 +32,6 @@ constexpr int64_t kUnpackWork = 8;
 // So many rows wait for memory more than they compute.
 constexpr int64_t kFewRows = 4;
 
-// Such rows take the panels of a tile in parts of so many.
-constexpr int64_t kPartPanels = 12;
-
 struct Buffers {
   std::array<CodeRows, kGroups> codes;
   CodeRows latent;
@@ -203,8 +200,8 @@ SPLITQ_PREFETCH void PrefetchPanels(const PackedWeight& weight, PanelRange panel
   Prefetch(weight.scale + panels.first * kPanel, panels.count * kScaleBytes);
 }
 
-// What a tile reads beside the long stream of the main weight: short pieces, for each of which it
-// would wait as long as memory takes to answer.
+// What a tile reads beside the main weight: short pieces, for each of which it would wait as long
+// as memory takes to answer. Not for few rows, whose tiles read long ones.
 SPLITQ_PREFETCH void PrefetchExtras(const SplitLinear& layer, PanelRange panels) {
   for (int g = kMain + 1; g < kGroups; ++g) {
     if (layer.activation.groups[g].width > 0) PrefetchPanels(layer.weights[g], panels);
@@ -215,9 +212,10 @@ SPLITQ_PREFETCH void PrefetchExtras(const SplitLinear& layer, PanelRange panels)
 // y of rows [first, first + count) and the channels of a few panels, summed in the order main,
 // text, vision, correction, bias. wait_latent(): returns when there are latent codes.
 template <typename WaitLatent>
-void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                int64_t first, int64_t count, PanelRange panels, const WaitLatent& wait_latent) {
-  PrefetchExtras(layer, panels);
+void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
+                const OutputRange& range, const WaitLatent& wait_latent) {
+  const auto [first, count, panels] = range;
+  if (data.rows > kFewRows) PrefetchExtras(layer, panels);
   FloatTile total;
   PanelTerms(layer.weights[kMain], panels, buffers.codes[kMain].from(first), count, total);
   Factors factors[kMostFactors];
@@ -237,19 +235,6 @@ void OutputPart(const SplitLinear& layer, const SplitLinearRows& data, const Buf
     AddPanelTerms(*factors[i].weight, panels, factors[i].rows, count, total);
   }
   StoreTile(layer, total, count, panels, y);
-}
-
-// A tile. Few rows take it in parts: while the short products of one are made, the main weights
-// of the next are on their way.
-template <typename WaitLatent>
-void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
-                const OutputRange& range, const WaitLatent& wait_latent) {
-  const int64_t part = data.rows <= kFewRows ? kPartPanels : range.panels.count;
-  const int64_t end = range.panels.first + range.panels.count;
-  for (int64_t panel = range.panels.first; panel < end; panel += part) {
-    OutputPart(layer, data, buffers, range.first, range.count, {panel, std::min(end - panel, part)},
-               wait_latent);
-  }
 }
 
 // Something that a few tasks make and every thread waits for.
@@ -322,10 +307,7 @@ void RunSplitLinear(const SplitLinear& layer, const SplitLinearRows& data, void*
   const Buffers buffers = TakeBuffers(layer, data.rows, scratch);
   const int64_t weight_codes = layer.activation.gather.channels * layer.channels_out();
   const bool serial = weight_codes < kSerialWork / (data.rows + kUnpackWork);
-  if (data.rows <= kFewRows) {
-    PrefetchShort(layer);
-    PrefetchExtras(layer, {0, std::min(layer.weights[kMain].panels(), TilePanels(data.rows))});
-  }
+  if (data.rows <= kFewRows) PrefetchShort(layer);
   const int64_t threads = serial ? 1 : parallel.threads();
   PanelQueue queue(data.rows, layer.weights[kMain].panels(), threads);
   if (threads > 1) return RunBothPasses(layer, data, buffers, queue, parallel);

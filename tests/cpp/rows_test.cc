@@ -148,7 +148,7 @@ Element PlainKronecker(const KroneckerFactors& factors, const float* g, int64_t 
 
 void TestKronecker(const RowKernels& kernels, int64_t a, int64_t b, bool whole,
                    std::mt19937& random, Report& report) {
-  GuardedArray<float> g(a * b), p1(a * a), p2(b * b), work(2 * a * b), out(a * b);
+  GuardedArray<float> g(a * b), p1(a * a), p2(b * b), product(a * b), out(a * b);
   const auto fill = [&](GuardedArray<float>& array, int64_t count, int limit) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = static_cast<float>(Draw(random, -limit, limit));
@@ -161,8 +161,8 @@ void TestKronecker(const RowKernels& kernels, int64_t a, int64_t b, bool whole,
   const KroneckerFactors factors{p1.data(), p2.data(), a, b};
   const ChannelGather gather{a * b, nullptr, nullptr, nullptr};
   ReadAhead ahead{{p1.data(), 1}, {p2.data(), b * b}};
-  ApplyKronecker(kernels, factors, {gather, g.data(), 0}, &ahead, work.data(), out.data());
-  bool good = work.Intact() && out.Intact() && g.Intact() && p1.Intact() && p2.Intact();
+  ApplyKronecker(kernels, factors, {gather, g.data(), 0}, &ahead, product.data(), out.data());
+  bool good = product.Intact() && out.Intact() && g.Intact() && p1.Intact() && p2.Intact();
   for (int64_t i = 0; i < a * b; ++i) {
     const Element element = PlainKronecker(factors, g.data(), i / b, i % b);
     // Two dot products of a and b terms, each operation within eps / 2.
