@@ -166,6 +166,8 @@ void TestLayers(Isa isa, Report& report) {
            Sizes{300, 8, 8, 90, 20, 0, 3, 4, kBoth, {4, 8, 4}},
            Sizes{300, 8, 8, 90, 20, 0, 3, 4, kBoth, {4, 4, 6}},
            Sizes{560, 200, 8, 170, 1, 0, 4, 8, kBoth},
+           Sizes{176, 16, 16, 1605, 2, 0, 4, 8, kBoth},
+           Sizes{176, 16, 16, 805, 4, 0, 3, 3, kBoth},
        }) {
     layers.push_back(std::make_unique<TestLayer>(sizes, random));
     const std::vector<float> expected = layers.back()->Run(Isa::kScalar, serial);
