@@ -184,9 +184,6 @@ SPLITQ_INLINE void Run(const PanelProduct& product) {
   }
 }
 
-// As in avx512vnni.cc; a block of one panel takes less time than one of three.
-constexpr int64_t kScalesAhead = 12;
-
 struct Scales {
   __m256 low, high;  // channels 0-7 and 8-15
 };
@@ -226,7 +223,7 @@ SPLITQ_INLINE void RunBlockRows(const BlockProduct& product, int64_t m, int64_t 
       BeginSums<bits>(code_sums[i * all.code_sums_stride], sums + i * kPanel);
     }
     AddBlocks<bits, rows>(codes, all.codes_stride, panel, blocks, rows == 1, sums);
-    if constexpr (rows == 1) _mm_prefetch(scale + kScalesAhead * product.scale_stride, _MM_HINT_T0);
+    if constexpr (rows == 1) _mm_prefetch(scale + kPanel, _MM_HINT_T0);  // as in avx512vnni.cc
     const Scales scales = LoadScales(scale, product.outputs - p * kPanel);
     for (int i = 0; i < rows; ++i) {
       low[i] = AddTerm(low[i], sums + i * kPanel, scales.low);

@@ -47,10 +47,6 @@ constexpr int64_t kSinglePanelRows = 4;
 // three panels at once.
 constexpr int64_t kShortBlock = 64;
 
-// The scales of a panel lie a row of channels apart, where no processor foresees them: a single row
-// asks for them so many blocks ahead.
-constexpr int64_t kScalesAhead = 4;
-
 // Parts of a sum that do not wait for each other.
 constexpr int Chains(int rows, int panels) {
   return rows * panels == 1 ? 4 : rows * panels <= 4 ? 2 : 1;
@@ -432,8 +428,10 @@ SPLITQ_INLINE void RunBlockTile(const BlockProduct& product, int64_t m, int64_t 
     place.block += blocks * kBytes;
     for (int j = 0; j < panels; ++j) {
       if constexpr (rows == 1) {
-        const float* ahead = scale + kScalesAhead * product.scale_stride + (p + j) * kPanel;
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+        // The scales of a panel lie a row of channels apart, where no processor foresees them: here
+        // the next panels' of this block.
+        const float* next = scale + (p + panels + j) * kPanel;
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
       }
       const __m512 scales = LoadChannels(scale, (p + j) * kPanel, product.outputs);
       for (int i = 0; i < rows; ++i) {
