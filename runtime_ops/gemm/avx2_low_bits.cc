@@ -223,7 +223,8 @@ SPLITQ_INLINE void RunBlockRows(const BlockProduct& product, int64_t m, int64_t 
       BeginSums<bits>(code_sums[i * all.code_sums_stride], sums + i * kPanel);
     }
     AddBlocks<bits, rows>(codes, all.codes_stride, panel, blocks, rows == 1, sums);
-    if constexpr (rows == 1) _mm_prefetch(scale + kPanel, _MM_HINT_T0);  // as in avx512vnni.cc
+    // The last of the next panel's, as in avx512vnni.cc.
+    if constexpr (rows == 1) _mm_prefetch(scale + 2 * kPanel - 1, _MM_HINT_T0);
     const Scales scales = LoadScales(scale, product.outputs - p * kPanel);
     for (int i = 0; i < rows; ++i) {
       low[i] = AddTerm(low[i], sums + i * kPanel, scales.low);

@@ -1,13 +1,14 @@
 // Reads: layout 1, all bit widths. Tile: 8 rows x 3 panels of 16 channels; the rows left over 4, 3,
-// 2, 1; panels left over, and those of a single row, one by one. Several products at once: 4 rows.
+// 2, 1; panels left over, and those of up to 4 rows, one by one. Several products at once: 4 rows.
 // Features: AVX-512 F, BW, VNNI.
 // Exactness: int32, exact; floats as gemm/terms.h makes them. The stored code is the unsigned
 // operand of vpdpbusd, which does not saturate; sums wrap around and end right, as the whole sum
 // fits. The zero point is taken off the sum: sum(q a) = sum(u a) - z sum(a). Idea: a vector of the
 // layout is one register, 4 k of all 16 channels; its fields are masked out in registers and
 // multiplied by 4 codes of each row, broadcast from memory. Three panels a broadcast, because a
-// load takes as long as a product. A sum that would wait for itself is kept in several parts. A
-// single row has only to read the weights in the order in which they lie.
+// load takes as long as a product. A sum that would wait for itself is kept in several parts. A few
+// rows have only to read the weights in the order in which they lie. With blocks: 4 rows x 3
+// panels, and a single row with long ones panel by panel.
 //
 // Everything here has internal linkage, as in avx2_low_bits.cc. With SPLITQ_SIMDE the intrinsics
 // are emulated: the tests run this file on every processor.
@@ -40,7 +41,8 @@ struct Layout {
 
 constexpr int kPanels = 3;  // of a tile
 
-// So few rows wait for memory, which answers soonest when panels are read one by one, as they lie.
+// So few rows wait for memory, which answers soonest when panels are read one by one, as they lie
+// (weights without blocks).
 constexpr int64_t kSinglePanelRows = 4;
 
 // Channels of a block: up to these, waiting for the sums of a single row costs more than reading
@@ -268,6 +270,7 @@ SPLITQ_INLINE void RunTile(const PanelProduct& product, const TermsOutput* outpu
   }
   place.codes += block * kStep;
   place.block += block * kBytes;
+  place.next += block * panels * kBytes;
   AddBlocks<bits>(place, end - block, sums);
   if constexpr (result == kSums) {
     StoreSums(product, m, p, sums);
@@ -429,8 +432,9 @@ SPLITQ_INLINE void RunBlockTile(const BlockProduct& product, int64_t m, int64_t 
     for (int j = 0; j < panels; ++j) {
       if constexpr (rows == 1) {
         // The scales of a panel lie a row of channels apart, where no processor foresees them: here
-        // the next panels' of this block.
-        const float* next = scale + (p + panels + j) * kPanel;
+        // the next panels' of this block, the last of each: the first may lie in a line already
+        // read.
+        const float* next = scale + (p + panels + j + 1) * kPanel - 1;
         _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
       }
       const __m512 scales = LoadChannels(scale, (p + j) * kPanel, product.outputs);

@@ -215,7 +215,7 @@ template <typename WaitLatent>
 void OutputTile(const SplitLinear& layer, const SplitLinearRows& data, const Buffers& buffers,
                 const OutputRange& range, const WaitLatent& wait_latent) {
   const auto [first, count, panels] = range;
-  if (data.rows > kFewRows) PrefetchExtras(layer, panels);
+  if (count > kFewRows) PrefetchExtras(layer, panels);
   FloatTile total;
   PanelTerms(layer.weights[kMain], panels, buffers.codes[kMain].from(first), count, total);
   Factors factors[kMostFactors];

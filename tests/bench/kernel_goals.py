@@ -81,7 +81,7 @@ def goals(compared: Sequence[dict[Key, float]], timed: Sequence[Times]) -> Itera
 
 
 def memory(machines: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[float], bool]]:
-    """The same of a loop that only reads memory, which one row cannot pass for long; no goal."""
+    """The same of a loop that only reads memory, in one second of a run; no goal."""
     if all("limits_1" in machine and "limits_2" in machine for machine in machines):
         values = [machine["limits_2"]["gbps"] / machine["limits_1"]["gbps"] for machine in machines]
         yield "*reading memory in a loop, in a second of each run*, times as fast with two threads", "", values, True

@@ -286,7 +286,7 @@ void TestGemm(List<GemmKernel> kernels, Isa isa, Report& report) {
     std::printf("%s\n", kernel.name);
     for (const int64_t channels :
          {1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 65, 100, 160, 257, 448}) {
-      for (const int64_t rows : {1, 2, 3, 4, 7, 9, 14, 31, 64}) {
+      for (const int64_t rows : {1, 2, 3, 4, 5, 7, 8, 9, 14, 31, 64}) {
         if (rows > 14 && channels > 160) continue;
         const int64_t panels = 1 + (channels + rows) % 7;
         for (int code_fill = 0; code_fill < kFills; ++code_fill) {
@@ -305,7 +305,7 @@ void TestGemm(List<GemmKernel> kernels, Isa isa, Report& report) {
       if (kernel.run_blocks == nullptr || block % kernel.block_step != 0) continue;
       for (const int64_t channels : {1, 17, 64, 100, 257, 448}) {
         for (const int64_t outputs : {1, 16, 31, 48, 70}) {
-          for (const int64_t rows : {1, 2, 4, 9}) {
+          for (const int64_t rows : {1, 2, 3, 4, 5, 9}) {
             TestBlocks(kernel, {rows, channels, outputs, block}, random, report);
           }
         }
