@@ -3,12 +3,12 @@
 // Features: AVX-512 F, BW, VNNI.
 // Exactness: int32, exact; floats as gemm/terms.h makes them. The stored code is the unsigned
 // operand of vpdpbusd, which does not saturate; sums wrap around and end right, as the whole sum
-// fits. The zero point is taken off the sum: sum(q a) = sum(u a) - z sum(a). Idea: a vector of the
-// layout is one register, 4 k of all 16 channels; its fields are masked out in registers and
-// multiplied by 4 codes of each row, broadcast from memory. Three panels a broadcast, because a
-// load takes as long as a product. A sum that would wait for itself is kept in several parts. A few
-// rows have only to read the weights in the order in which they lie. With blocks: 4 rows x 3
-// panels, and a single row with long ones panel by panel.
+// fits. The zero point is taken off the sum: sum(q a) = sum(u a) - z sum(a).
+// Idea: a vector of the layout is one register, 4 k of all 16 channels; its fields are masked out
+// in registers and multiplied by 4 codes of each row, broadcast from memory. Three panels a
+// broadcast, because a load takes as long as a product. A sum that would wait for itself is kept in
+// several parts. A few rows have only to read the weights in the order in which they lie. With
+// blocks: 4 rows x 3 panels, and a single row with long ones panel by panel.
 //
 // Everything here has internal linkage, as in avx2_low_bits.cc. With SPLITQ_SIMDE the intrinsics
 // are emulated: the tests run this file on every processor.
