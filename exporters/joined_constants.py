@@ -12,7 +12,7 @@ from math import isqrt
 
 import numpy as np
 
-from splitq_edge.exporters.specs import SplitQLinearSpec
+from splitq_edge.exporters.specs import GROUPS, SplitQLinearSpec
 
 PLACE_MULTIPLE = 16  # numbers; each array begins at one, so that a cache line of the tensor is one of the array
 
@@ -53,17 +53,31 @@ def joined_size(sizes: Sequence[int]) -> int:
     return sum(-(-size // PLACE_MULTIPLE) * PLACE_MULTIPLE for size in sizes)
 
 
-def shape_of(name: str, size: int, block_size: int, outputs: int) -> tuple[int, ...]:
-    """Shape of an array in `constants` where it has an input of its own."""
+def shape_of(name: str, sizes: Sequence[int], widths: Sequence[int], block_size: int, outputs: int) -> tuple[int, ...]:
+    """Shape of an array in `constants` where it has an input of its own.
+
+    Args:
+        name: of the contract.
+        sizes: numbers of each input, 0 for those that `constants` lacks.
+        widths: channels of the groups.
+        block_size: of the main weight.
+        outputs: N.
+    """
+    size = sizes[SplitQLinearSpec.inputs.index(name)]
     if name.startswith(("p1_", "p2_")):
-        return isqrt(size), isqrt(size)
+        group = name[3:]
+        b = isqrt(sizes[SplitQLinearSpec.inputs.index(f"p2_{group}")])
+        rows = b if name.startswith("p2_") else widths[GROUPS.index(group)] // b
+        return rows, size // rows
     return (size // outputs, outputs) if name == "scale_main" and block_size else (size,)
 
 
-def take_apart(tensor: np.ndarray, sizes: Sequence[int], block_size: int, outputs: int) -> dict[str, np.ndarray]:
+def take_apart(
+    tensor: np.ndarray, sizes: Sequence[int], widths: Sequence[int], block_size: int, outputs: int
+) -> dict[str, np.ndarray]:
     """Inverse of `join_constants`: the arrays by the contract's names."""
     found = {}
     for name, start, size in places(sizes):
-        array = tensor[start : start + size].reshape(shape_of(name, size, block_size, outputs))
+        array = tensor[start : start + size].reshape(shape_of(name, sizes, widths, block_size, outputs))
         found[name] = array.astype(np.int32) if name == "channel_order" else array
     return found

@@ -95,7 +95,8 @@ def _rewritten(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], folde
     constants = {name: _array(name, tensors[value], folder) for name, value in named.items() if name not in computed}
     if "constants" in constants:
         joined = constants.pop("constants")
-        constants |= take_apart(joined, attributes["constant_sizes"], attributes.get("block_size", 0), attributes["N"])
+        sizes, widths = attributes["constant_sizes"], attributes["group_widths"]
+        constants |= take_apart(joined, sizes, widths, attributes.get("block_size", 0), attributes["N"])
     found = PythonNode(
         number=next(_numbers),
         name="_".join((node.op_type, *computed, "to", *outputs)),

@@ -390,11 +390,18 @@ class SplitQLinearSpec:
 
 
 def _joined_token(spec: SplitQLinearSpec) -> str:
-    """Sizes of the first factors; the rest of the spec gives all others."""
+    """Rows of the first factors, with their columns where they have blocks; the rest of the spec gives all others."""
     if not spec.constant_sizes:
         return ""
     sizes = dict(zip(spec.inputs, spec.constant_sizes, strict=False))
-    return ".".join(["joined", *(str(isqrt(sizes[f"p1_{group}"])) for group in spec.groups)])
+    widths = dict(zip(GROUPS, spec.group_widths, strict=True))
+    tokens = ["joined"]
+    for group in spec.groups:
+        b = isqrt(sizes[f"p2_{group}"])
+        rows = widths[group] // b if b else 0
+        a = sizes[f"p1_{group}"] // rows if rows else 0
+        tokens.append(f"{rows}" if rows == a else f"{rows}x{a}")
+    return ".".join(tokens)
 
 
 class _WholeSpec:

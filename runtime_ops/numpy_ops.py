@@ -125,11 +125,13 @@ class SplitQuantizer:
 
 
 def _transformed(rows: np.ndarray, p1: np.ndarray | None, p2: np.ndarray | None) -> np.ndarray:
-    """Rows [T, a*b] times P1 ⊗ P2, eq. 2."""
+    """Rows [T, B*a*b] times P1 ⊗ P2, eq. 2; P1 [B*a, a] are B matrices, one under the other."""
     if p1 is None or p2 is None:
         return rows
-    matrices = rows.reshape(len(rows), len(p1), len(p2))
-    return np.asarray(p1.T @ (matrices @ p2)).reshape(rows.shape)
+    a, b = p1.shape[1], len(p2)
+    blocks = p1.reshape(-1, a, a)
+    matrices = rows.reshape(len(rows), len(blocks), a, b)
+    return np.asarray(blocks.swapaxes(1, 2) @ (matrices @ p2)).reshape(rows.shape)
 
 
 class Correction:

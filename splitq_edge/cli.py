@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from splitq_edge import __version__
-from splitq_edge.config import EMBEDDINGS, KV_CACHES, LM_HEAD_SCHEMES, PRESETS, RANGE_METHODS, TRANSFORMS
+from splitq_edge.config import EMBEDDINGS, KV_CACHES, LM_HEAD_SCHEMES, PRESETS, RANGE_METHODS, ROUNDINGS, TRANSFORMS
 from splitq_edge.errors import SplitQError
 from splitq_edge.targets import ARCHITECTURES, QNN_HTP, TARGET_NAMES, Target
 
@@ -483,6 +483,7 @@ def table(
 )
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs of learning instead of the preset's; 0: none.")
 @click.option("--transform", type=click.Choice(TRANSFORMS), help="Start of the transform instead of the preset's.")
+@click.option("--rounding", type=click.Choice(ROUNDINGS), help="Rounding of the weights instead of the preset's.")
 @TRANSFORM_LR
 @_table_options
 @_reports_errors
@@ -491,13 +492,14 @@ def ablate(
     tables: tuple[str, ...],
     epochs: int | None,
     transform: str | None,
+    rounding: str | None,
     transform_lr: float | None,
     **options: Any,
 ) -> None:
     """Measure what each component of SplitQ and each rule of channel choice gives on MODEL, in the native kernels."""
     from splitq_edge.commands.table import ablation_rows
 
-    settings: Any = {"epochs": epochs, "transform_lr": transform_lr, "transform": transform}
+    settings: Any = {"epochs": epochs, "transform_lr": transform_lr, "transform": transform, "rounding": rounding}
     every = [row for name in tables for row in ablation_rows(name, scheme, **settings)]
     rows = list(dict.fromkeys(every))  # the float model once
     _measure_rows(rows, options)

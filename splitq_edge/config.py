@@ -14,6 +14,7 @@ BIT_WIDTHS = (2, 3, 4, 6, 8)
 BLOCK_SIZES = (0, 32, 64, 128)
 RANGE_METHODS = ("minmax", "percentile", "mse")  # of static activations, quant.static_ranges
 TRANSFORMS = ("hadamard", "identity")
+MIN_TRANSFORM_WIDTH = 16
 CHANNEL_RULES = ("mocd", "random", "text-max", "vision-max", "all-max", "modality-max")
 ROUNDINGS = ("nearest", "gptq", "gptaq")
 SCALES = ("none", "smoothquant", "awq", "mbq")
@@ -159,6 +160,8 @@ class QuantConfig:
         activation_symmetric: False for asymmetric main activations (below 8 bits).
         transform: start of the equivalent transform P: "hadamard" (Kronecker product of two orthogonal matrices) or
             "identity".
+        transform_width: channels at most that P mixes with each other, 0 for no limit; a wider group's P has equal
+            blocks, see `splitq_edge.quant.transforms.transform_shape`.
         scale: start of the scale per channel: "none", "smoothquant" (alpha 0.5), or the searches "awq" and "mbq".
         rounding: of the weights: "nearest", "gptq" (error feedback over the quantized activations), or "gptaq" (the
             same towards what the float model's layers say, on the activations of the layers already quantized; sites
@@ -182,6 +185,7 @@ class QuantConfig:
     group_size: int = 0
     activation_symmetric: bool = True
     transform: str = "hadamard"
+    transform_width: int = 1536
     scale: str = "smoothquant"
     rounding: str = "nearest"
     method: str = "splitq"
@@ -204,6 +208,12 @@ class QuantConfig:
         )
         _require(self.group_size in BLOCK_SIZES, "group_size", f"one of {BLOCK_SIZES}", self.group_size)
         _require(self.transform in TRANSFORMS, "transform", f"one of {TRANSFORMS}", self.transform)
+        _require(
+            self.transform_width == 0 or self.transform_width >= MIN_TRANSFORM_WIDTH,
+            "transform_width",
+            f"0 or at least {MIN_TRANSFORM_WIDTH}",
+            self.transform_width,
+        )
         _require(self.scale in SCALES, "scale", f"one of {SCALES}", self.scale)
         _require(self.rounding in ROUNDINGS, "rounding", f"one of {ROUNDINGS}", self.rounding)
         _require(

@@ -14,7 +14,7 @@ from splitq_edge.config import QuantConfig
 from splitq_edge.correction.low_rank import rank_of
 from splitq_edge.loading import LoadedModel, tied
 from splitq_edge.modules.quantized_embedding import SHARED_BITS
-from splitq_edge.quant.transforms import factor_pair
+from splitq_edge.quant.transforms import transform_shape
 from splitq_edge.splitting.plan import outlier_width
 
 # Passes over a block's weight that one learning step makes (fake quantization, transform, CWS, and their gradients).
@@ -132,7 +132,8 @@ def _site_storage(shape: SiteShape, config: QuantConfig, *, packed: bool) -> tup
     blocks = -(-main // config.group_size) if config.group_size else 1
     floats = n * (blocks + len(groups) - 1) + 2 * k + 4 * rank
     if config.transform != "identity":
-        floats += sum(a * a + b * b for a, b in map(factor_pair, groups))
+        shapes = (transform_shape(width, config.transform_width) for width in groups)
+        floats += sum(blocks * a * a + b * b for blocks, a, b in shapes)
     return bits, codes + 4 * floats
 
 

@@ -39,6 +39,7 @@ class Case:
         modality: "text", "vision" or "mixed" rows.
         exact: whether transformed activations are exact, see above.
         joined: whether all constants but the weights of a SplitQLinear lie in one tensor.
+        blocks: matrices in p1_main.
     """
 
     spec: Spec
@@ -46,9 +47,11 @@ class Case:
     modality: str = "mixed"
     exact: bool = True
     joined: bool = False
+    blocks: int = 1
 
     def __str__(self) -> str:
         joined = "_joined" if self.joined else ""
+        joined += f"_blocks{self.blocks}" if self.blocks > 1 else ""
         return f"{self.spec.overload}{joined}_x{'.'.join(map(str, self.leading))}_{self.modality}"
 
 
@@ -151,8 +154,11 @@ def _float_input(
     case: Case, spec: SplitQLinearSpec | ChannelSplitQuantizeSpec, name: str, rng: np.random.Generator
 ) -> np.ndarray:
     if name.startswith(("p1_", "p2_")):
-        width = spec.group_widths[GROUPS.index(name[3:])]
-        return _factor(_kron_sizes(width)[name[:2] == "p2"], case.exact, rng)
+        blocks = case.blocks if name[3:] == "main" else 1
+        a, b = _kron_sizes(spec.group_widths[GROUPS.index(name[3:])] // blocks)
+        if name.startswith("p2_"):
+            return _factor(b, case.exact, rng)
+        return np.concatenate([_factor(a, case.exact, rng) for _ in range(blocks)])
     if name == "channel_order":
         return rng.permutation(spec.K).astype(np.int32)
     if name == "channel_scale":

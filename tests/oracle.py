@@ -83,10 +83,16 @@ def quantize_asymmetric(a: np.ndarray, bits: int, clip: float = 1.0) -> Quantize
 
 
 def transform(rows: np.ndarray, p1: np.ndarray | None, p2: np.ndarray | None) -> np.ndarray:
-    """Rows [T, a*b] times P1 ⊗ P2 (eq. 2), summed in float64 and rounded once."""
+    """Rows [T, B*a*b] times P1 ⊗ P2 (eq. 2), summed in float64 and rounded once; P1 has the rows of p1 [B*a, a] in B
+    blocks on its diagonal."""
     if p1 is None or p2 is None:
         return rows
-    return (rows.astype(np.float64) @ np.kron(p1.astype(np.float64), p2.astype(np.float64))).astype(F32)
+    size, a = p1.shape
+    diagonal = np.zeros((size, size))
+    for row in range(size):
+        first = row // a * a
+        diagonal[row, first : first + a] = p1[row]
+    return (rows.astype(np.float64) @ np.kron(diagonal, p2.astype(np.float64))).astype(F32)
 
 
 def transformed_groups(

@@ -57,7 +57,7 @@ def linear_function(spec: SplitQLinearSpec, quantize_name: str, correction_name:
 def _take_apart(body: Body, spec: SplitQLinearSpec) -> None:
     """Appends what makes the arrays in `constants` values of their names."""
     for name, start, size in places(spec.constant_sizes):
-        shape = shape_of(name, size, spec.block_size, spec.N)
+        shape = shape_of(name, spec.constant_sizes, spec.group_widths, spec.block_size, spec.N)
         whole = len(shape) == 1 and name != "channel_order"
         first, end = (body.constant(f"{name}_{edge}", [at]) for edge, at in (("from", start), ("to", start + size)))
         value = body.op("Slice", ["constants", first, end], name if whole else f"{name}_numbers")

@@ -69,15 +69,18 @@ def _group_rows(body: Body, spec: ChannelSplitQuantizeSpec) -> dict[str, str]:
 
 
 def _transform(body: Body, group: str, rows: str) -> str:
-    """P1ᵀ (g P2) of each row g seen as a matrix [a, b]; leading axes of any rank pass through."""
+    """P1ᵀ (g P2) of each row g seen as B matrices [a, b]; leading axes of any rank pass through."""
     p1, p2 = f"p1_{group}", f"p2_{group}"
     any_rows = body.constant("any_rows", [-1])
-    a = body.op("Shape", [p1], f"{group}_a", end=1)
-    b = body.op("Shape", [p2], f"{group}_b", end=1)
-    matrix_shape = body.op("Concat", [any_rows, a, b], f"{group}_matrix_shape", axis=0)
+    a = body.op("Shape", [p1], f"{group}_a", start=1)
+    b = body.op("Shape", [p2], f"{group}_b", start=1)
+    blocks_shape = body.op("Concat", [any_rows, a, a], f"{p1}_blocks_shape", axis=0)
+    blocks = body.op("Reshape", [p1, blocks_shape], f"{p1}_blocks")
+    p1_transposed = body.op("Transpose", [blocks], f"{p1}_transposed", perm=[0, 2, 1])
+    count = body.op("Shape", [blocks], f"{group}_blocks", end=1)
+    matrix_shape = body.op("Concat", [any_rows, count, a, b], f"{group}_matrix_shape", axis=0)
     matrix = body.op("Reshape", [rows, matrix_shape], f"{group}_matrix")
     right = body.op("MatMul", [matrix, p2], f"{group}_times_p2")
-    p1_transposed = body.op("Transpose", [p1], f"{p1}_transposed", perm=[1, 0])
     both = body.op("MatMul", [p1_transposed, right], f"{group}_times_p1_p2")
     rows_shape = body.op("Shape", [rows], f"{group}_rows_shape")
     return body.op("Reshape", [both, rows_shape], f"{group}_transformed", allowzero=1)

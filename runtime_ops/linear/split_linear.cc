@@ -108,7 +108,7 @@ SPLITQ_PREFETCH void PrefetchShort(const SplitLinear& layer) {
     if (group.width == 0) continue;
     const KroneckerFactors& factors = group.factors;
     PrefetchFirst(factors.p2, factors.b * factors.b * kFloat);
-    PrefetchFirst(factors.p1, factors.a * factors.a * kFloat);
+    PrefetchFirst(factors.p1, factors.blocks * factors.a * factors.a * kFloat);
   }
   if (!layer.corrected) return;
   const Correction& correction = layer.correction;

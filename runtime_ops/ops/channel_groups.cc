@@ -86,20 +86,23 @@ void ChannelGroups::ReadFactors(const Node& node, size_t input, int group) {
   const bool first = node.HasInput(input), second = node.HasInput(input + 1);
   if (first != second) node.Fail("both or neither of " + names, "one", kExportAgain);
   if (!first) return;
-  const Shape p1 = node.SquareShape(input), p2 = node.SquareShape(input + 1);
   const int64_t width = plan_.groups[group].width;
-  // a and b divide the width, so that their product cannot overflow before it is compared
-  const bool good = p1.size() == 2 && p2.size() == 2 && p1[0] > 0 && width > 0 &&
-                    width % p1[0] == 0 && p2[0] == width / p1[0];
+  const Shape p2 = node.SquareShape(input + 1);
+  // The sizes divide the width, so that no product of them can overflow before it is compared.
+  const bool divides = p2.size() == 2 && p2[0] > 0 && width > 0 && width % p2[0] == 0;
+  const int64_t rows = divides ? width / p2[0] : 1;
+  const Shape p1 = node.MatrixShape(input, rows);
+  const bool good = divides && p1.size() == 2 && p1[0] == rows && p1[1] > 0 && p1[0] % p1[1] == 0;
   if (!good) {
-    node.Fail(names + " of shapes [a, a] and [b, b] with a * b = " + kGroupNames[group] + " = " +
-                  std::to_string(width),
+    node.Fail(names + " of shapes [B * a, a] and [b, b] with B * a * b = " + kGroupNames[group] +
+                  " = " + std::to_string(width),
               ToString(p1) + " and " + ToString(p2), kExportAgain);
   }
   KroneckerFactors& factors = plan_.groups[group].factors;
-  factors.a = p1[0];
+  factors.blocks = p1[0] / p1[1];
+  factors.a = p1[1];
   factors.b = p2[0];
-  factors.p1 = Keep(node.Constant(input, {p1[0], p1[0]}), p1[0] * p1[0]);
+  factors.p1 = Keep(node.Constant(input, p1), p1[0] * p1[1]);
   factors.p2 = Keep(node.Constant(input + 1, {p2[0], p2[0]}), p2[0] * p2[0]);
 }
 

@@ -207,6 +207,16 @@ Shape Node::SquareShape(size_t index) const {
   return {side, side};
 }
 
+Shape Node::MatrixShape(size_t index, int64_t rows) const {
+  const Joined* joined = FindJoined(index);
+  if (joined == nullptr) return AnyConstant(index).shape;
+  if (joined->size % rows != 0) {
+    Fail(std::to_string(rows) + " rows of " + Quoted(InputName(index)) + " in the constants",
+         std::to_string(joined->size) + " numbers", kExportAgain);
+  }
+  return {rows, joined->size / rows};
+}
+
 Tensor Node::Constant(size_t index, const Shape& shape) const {
   if (const Joined* joined = FindJoined(index)) {
     int64_t size = 1;

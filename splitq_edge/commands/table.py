@@ -122,7 +122,13 @@ def _learning(config: QuantConfig, epochs: int | None, transform_lr: float | Non
 
 
 def ablation_rows(
-    table: str, scheme: str, *, epochs: int | None, transform_lr: float | None, transform: str | None
+    table: str,
+    scheme: str,
+    *,
+    epochs: int | None,
+    transform_lr: float | None,
+    transform: str | None,
+    rounding: str | None,
 ) -> list[Measurement]:
     """The float model, then the rows of one of the paper's ablations, see `methods.ablation`.
 
@@ -132,11 +138,15 @@ def ablation_rows(
         epochs: instead of the preset's; 0 learns nothing.
         transform_lr: instead of the preset's.
         transform: instead of the preset's.
+        rounding: instead of the preset's.
     """
     config, label = _learning(preset(scheme), epochs, transform_lr)
     if transform is not None:
         config = replace(config, transform=transform)
         label += f", {transform}"
+    if rounding is not None:
+        config = replace(config, rounding=rounding)
+        label += f", {rounding}"
     recipes = ablation_recipes(config, table)
     labelled = [Measurement(f"{table}: {name}{label}", scheme, recipe) for name, recipe in recipes.items()]
     return [Measurement(*FLOAT, None), *labelled]

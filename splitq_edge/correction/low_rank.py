@@ -111,7 +111,7 @@ def quantize_low_rank(
 
     Args:
         anchor: of the larger of the two ranks.
-        p1: [a, a] transform factor, None for the identity.
+        p1: [B * a, a] transform factor, None for the identity.
         p2: [b, b].
         gate_cws: [cws_rank] float32, the diagonal G_s; ones are the plain SVD.
         gate_mac: [mac_rank] float32, the diagonal G_c.

@@ -24,9 +24,10 @@ from splitq_edge.quant.transforms import (
     DENSE_WIDTH,
     apply_inverse,
     apply_transform,
-    factor_pair,
+    dense_transform,
     invert_into_weight,
     orthogonal_start,
+    transform_shape,
 )
 from splitq_edge.splitting.plan import SplitPlan
 
@@ -54,23 +55,30 @@ class TrainableGroup(nn.Module):
         place: the group's channels in the site's channel order.
         outputs: N.
         setting: bits.
-        transform: "hadamard" or "identity".
+        transform: blocks and factors of the transform, see `transform_shape`; None for the identity.
         device: of the parameters.
     """
 
-    def __init__(self, place: slice, outputs: int, setting: GroupSetting, transform: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        place: slice,
+        outputs: int,
+        setting: GroupSetting,
+        transform: tuple[int, int, int] | None,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.place = place
         self.setting = setting
         self.p1: InvertibleMatrix | None = None
         self.p2: InvertibleMatrix | None = None
         width = place.stop - place.start
-        if transform != "identity":
-            a, b = factor_pair(width)
-            self.p1 = InvertibleMatrix(orthogonal_start(a).to(device))
+        if transform is not None:
+            blocks, a, b = transform
+            self.p1 = InvertibleMatrix(orthogonal_start(a).to(device), blocks)
             self.p2 = InvertibleMatrix(orthogonal_start(b).to(device))
-        blocks = -(-width // setting.group_size) if setting.group_size else 0
-        shape = (blocks, outputs) if blocks else (outputs,)
+        scales = -(-width // setting.group_size) if setting.group_size else 0
+        shape = (scales, outputs) if scales else (outputs,)
         self.weight_clip = nn.Parameter(torch.full(shape, setting.clip_logit, device=device))
         self.activation_clip = nn.Parameter(torch.tensor(setting.clip_logit, device=device))
 
@@ -85,7 +93,7 @@ class TrainableGroup(nn.Module):
         if matrices is None:
             return rows
         if rows.shape[-1] <= DENSE_WIDTH:
-            return rows @ torch.kron(matrices[0], matrices[2])
+            return rows @ dense_transform(matrices[0], matrices[2])
         return apply_transform(rows, matrices[0], matrices[2])
 
     def untransform(self, weight: torch.Tensor, matrices: Matrices) -> torch.Tensor:
@@ -183,7 +191,8 @@ class TrainableSite(nn.Module):
         for group, width in zip(GROUPS, plan.widths, strict=True):
             if width:
                 place = slice(begin, begin + width)
-                self.groups[group] = TrainableGroup(place, outputs, _setting(config, group), config.transform, device)
+                transform = None if config.transform == "identity" else transform_shape(width, config.transform_width)
+                self.groups[group] = TrainableGroup(place, outputs, _setting(config, group), transform, device)
             begin += width
         self._hessian: torch.Tensor | None = None
         self._cross: torch.Tensor | None = None

@@ -8,7 +8,7 @@ from torch import nn
 from splitq_edge.errors import SplitQError
 from splitq_edge.modules.split_linear import SplitLinear
 from splitq_edge.quant.kv_cache import dequantize_cache, quantize_cache
-from splitq_edge.quant.transforms import apply_transform
+from splitq_edge.quant.transforms import apply_transform, transposed
 
 # Bits of an output projection whose codes serve as embedding, by the bits that the recipe gives the embedding.
 SHARED_BITS = {8: (8, 6), 4: (4,)}
@@ -72,7 +72,7 @@ class HeadEmbedding(nn.Module):
         self.register_buffer("scale", main.scale)
         self.register_buffer("channel_scale", head.channel_scale)
         for name, factor in (("p1", main.p1), ("p2", main.p2)):
-            self.register_buffer(name, None if factor is None else factor.T.contiguous())
+            self.register_buffer(name, None if factor is None else transposed(factor))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [...] int64 -> [..., hidden] float32."""

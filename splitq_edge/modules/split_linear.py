@@ -11,7 +11,7 @@ from torch import nn
 from splitq_edge.errors import SplitQError
 from splitq_edge.modality import TEXT, ModalityContext
 from splitq_edge.quant.affine import dequantize_weight, quantize_rows
-from splitq_edge.quant.transforms import apply_transform
+from splitq_edge.quant.transforms import apply_transform, transposed
 
 GROUPS = ("main", "text", "vision")
 LATENT_BITS = 8  # of the vector between U and V, docs/ops.md
@@ -25,7 +25,7 @@ class GroupWeights:
     Attributes:
         qweight: [K_g, N] int8.
         scale: [N] or [groups, N] float32.
-        p1: [a, a] float32 or None for the identity, a * b = K_g.
+        p1: [B * a, a] float32, B matrices one under the other, or None for the identity; B * a * b = K_g.
         p2: [b, b] float32 or None.
         bits: weight bits.
         activation_bits: activation bits.
@@ -194,7 +194,7 @@ class SplitLinear(nn.Module):
                 u = dequantize_weight(c.u, c.u_scale)[:, :rank] * c.gate_cws
                 part = part + u @ dequantize_weight(c.v, c.v_scale)[:rank]
             if group.p1 is not None and group.p2 is not None:
-                part = apply_transform(part.T.contiguous(), group.p1.T, group.p2.T).T  # (P1 ⊗ P2) B
+                part = apply_transform(part.T.contiguous(), transposed(group.p1), transposed(group.p2)).T  # (P1 ⊗ P2) B
             channels = self.order[start : start + width].long()
             if self.channel_scale is not None:
                 part = part * self.channel_scale[start : start + width, None]

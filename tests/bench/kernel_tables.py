@@ -17,7 +17,8 @@ from typing import Any
 
 import click
 
-from splitq_edge.quant.transforms import factor_pair
+from splitq_edge.config import preset
+from splitq_edge.quant.transforms import transform_shape
 from splitq_edge.splitting.plan import outlier_width
 
 PEERS = {
@@ -78,7 +79,8 @@ def least_extras(shape: Shape) -> float:
     main, full = k - outliers, min(k - outliers, n)
     cws, mac = (max(4, round(share * full / 4) * 4) for share in (0.02, 0.03))
     groups = (main, outliers // 2, outliers - outliers // 2)
-    transform = INT8_A_FLOAT * sum(width * sum(factor_pair(width)) for width in groups)
+    most = preset("W4A8").transform_width
+    transform = INT8_A_FLOAT * sum(width * sum(transform_shape(width, most)[1:]) for width in groups)
     return 1 + (transform + (cws + mac) * main + mac * n) / (k * n)
 
 

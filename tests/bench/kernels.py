@@ -39,9 +39,10 @@ from rich.table import Table
 
 from splitq_edge import runtime_ops
 from splitq_edge.commands.doctor import native_isa
+from splitq_edge.config import preset
 from splitq_edge.exporters.joined_constants import is_weight, join_constants
 from splitq_edge.exporters.nodes import DOMAIN, SplitQLinearSpec, make_node, weight_initializer
-from splitq_edge.quant.transforms import factor_pair
+from splitq_edge.quant.transforms import transform_shape
 from splitq_edge.runtime_ops.page_cache import read_through
 from splitq_edge.splitting.plan import outlier_width
 
@@ -148,7 +149,7 @@ def ours(name: str, wbits: int, abits: int, *, group: int = 0) -> Case:
 
 
 def whole_splitq(name: str, wbits: int, abits: int) -> Case:
-    """Transform, three channel groups, CWS and MAC on all rows, with the presets' ratios."""
+    """Transform, three channel groups, CWS and MAC on all rows, with the presets' ratios and widths."""
 
     @lru_cache(maxsize=1)
     def parts(k: int, n: int) -> tuple[SplitQLinearSpec, dict[str, bytes]]:
@@ -185,8 +186,9 @@ def whole_splitq(name: str, wbits: int, abits: int) -> Case:
             "gate_mac": numpy_helper.from_array(np.ones(mac, np.float32)),
         }
         for group, width, bits in zip(("main", "text", "vision"), widths, (wbits, 4, 4), strict=True):
-            a, b = factor_pair(width)
-            tensors[f"p1_{group}"] = numpy_helper.from_array(np.linalg.qr(rng(a).random((a, a)))[0].astype(np.float32))
+            blocks, a, b = transform_shape(width, preset(name.rsplit(maxsplit=1)[-1]).transform_width)
+            p1 = np.tile(np.linalg.qr(rng(a).random((a, a)))[0], (blocks, 1))
+            tensors[f"p1_{group}"] = numpy_helper.from_array(p1.astype(np.float32))
             tensors[f"p2_{group}"] = numpy_helper.from_array(np.linalg.qr(rng(b).random((b, b)))[0].astype(np.float32))
             tensors[f"weight_{group}"] = weight_initializer("w", codes(width, n, bits), bits, True)
             tensors[f"scale_{group}"] = numpy_helper.from_array(scales(n))

@@ -34,7 +34,7 @@ from splitq_edge.loading import LoadedModel
 from splitq_edge.modality import ModalityContext
 from splitq_edge.modules.split_linear import Correction, GroupWeights, SplitLinear, site_parts
 from splitq_edge.quant.kv_cache import HALF_BITS
-from splitq_edge.quant.transforms import factor_pair, orthogonal_start
+from splitq_edge.quant.transforms import starting_factors
 from splitq_edge.splitting.plan import outlier_width
 
 PEER_HEAD_BITS = 8  # of MatMulNBits
@@ -234,7 +234,7 @@ def random_site(
             continue
         main = group == "main"
         bits = config.bits if main else config.split.bits
-        p1, p2 = (orthogonal_start(size) for size in factor_pair(width)) if balanced else (None, None)
+        p1, p2 = starting_factors(width, config.transform_width) if balanced else (None, None)
         groups[group] = GroupWeights(
             qweight=codes(width, outputs, bits),
             scale=scales(outputs),

@@ -133,12 +133,16 @@ struct Element {
   double value = 0.0, magnitude = 0.0;
 };
 
+// p1: [blocks, a, a] of the factors; i of blocks * a rows
 Element PlainKronecker(const KroneckerFactors& factors, const float* g, int64_t i, int64_t j) {
   Element element;
+  const int64_t first = i / factors.a * factors.a;
+  const float* p1 = factors.p1 + first * factors.a;
+  g += first * factors.b;
   for (int64_t r = 0; r < factors.a; ++r) {
     for (int64_t c = 0; c < factors.b; ++c) {
       const double term = static_cast<double>(g[r * factors.b + c]) *
-                          factors.p1[r * factors.a + i] * factors.p2[c * factors.b + j];
+                          p1[r * factors.a + i - first] * factors.p2[c * factors.b + j];
       element.value += term;
       element.magnitude += std::fabs(term);
     }
@@ -146,32 +150,42 @@ Element PlainKronecker(const KroneckerFactors& factors, const float* g, int64_t 
   return element;
 }
 
-void TestKronecker(const RowKernels& kernels, int64_t a, int64_t b, bool whole,
+// The group is the last part of a row that is gathered.
+void TestKronecker(const RowKernels& kernels, int64_t blocks, int64_t a, int64_t b, bool whole,
                    std::mt19937& random, Report& report) {
-  GuardedArray<float> g(a * b), p1(a * a), p2(b * b), product(a * b), out(a * b);
+  const int64_t width = blocks * a * b, begin = 7, channels = begin + width;
+  GuardedArray<float> x(channels), p1(blocks * a * a), p2(b * b), product(a * b), out(width);
+  GuardedArray<float> scale(channels);
   const auto fill = [&](GuardedArray<float>& array, int64_t count, int limit) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = static_cast<float>(Draw(random, -limit, limit));
       array[i] = whole ? value : value / 3.7f;
     }
   };
-  fill(g, a * b, 100);
-  fill(p1, a * a, 2);
+  fill(x, channels, 100);
+  fill(scale, channels, 2);
+  fill(p1, blocks * a * a, 2);
   fill(p2, b * b, 2);
-  const KroneckerFactors factors{p1.data(), p2.data(), a, b};
-  const ChannelGather gather{a * b, nullptr, nullptr, nullptr};
+  const KroneckerFactors factors{p1.data(), p2.data(), a, b, blocks};
+  const std::vector<int32_t> order = DrawOrder(kAscending, channels, random);
+  const std::vector<GatherWindow> windows = GatherWindows(order.data(), channels);
+  const ChannelGather gather{channels, order.data(), scale.data(), windows.data()};
+  std::vector<float> g(static_cast<size_t>(width));
+  for (int64_t i = 0; i < width; ++i) {
+    g[static_cast<size_t>(i)] = x[order[static_cast<size_t>(begin + i)]] * scale[begin + i];
+  }
   ReadAhead ahead{{p1.data(), 1}, {p2.data(), b * b}};
-  ApplyKronecker(kernels, factors, {gather, g.data(), 0}, &ahead, product.data(), out.data());
-  bool good = product.Intact() && out.Intact() && g.Intact() && p1.Intact() && p2.Intact();
-  for (int64_t i = 0; i < a * b; ++i) {
+  ApplyKronecker(kernels, factors, {gather, x.data(), begin}, &ahead, product.data(), out.data());
+  bool good = product.Intact() && out.Intact() && x.Intact() && p1.Intact() && p2.Intact();
+  for (int64_t i = 0; i < width; ++i) {
     const Element element = PlainKronecker(factors, g.data(), i / b, i % b);
     // Two dot products of a and b terms, each operation within eps / 2.
     const double bound =
         whole ? 0.0 : (a + b) * std::numeric_limits<float>::epsilon() * element.magnitude;
     good = good && std::fabs(out[i] - element.value) <= bound;
   }
-  report.Check(good, "%s: transform of %d x %d", kernels.name, static_cast<int>(a),
-               static_cast<int>(b));
+  report.Check(good, "%s: transform of %d x %d x %d", kernels.name, static_cast<int>(blocks),
+               static_cast<int>(a), static_cast<int>(b));
 }
 
 void TestTerms(const TermKernels& kernels, int64_t rows, std::mt19937& random, Report& report) {
@@ -237,8 +251,10 @@ void TestRows(Isa isa, Report& report) {
     }
     for (const int64_t a : {1, 2, 3, 4, 5, 7, 8, 16, 19, 35}) {
       for (const int64_t b : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 20, 28, 33, 47, 62}) {
-        TestKronecker(kernels, a, b, true, random, report);
-        TestKronecker(kernels, a, b, false, random, report);
+        for (const int64_t blocks : {1, 3}) {
+          TestKronecker(kernels, blocks, a, b, true, random, report);
+          TestKronecker(kernels, blocks, a, b, false, random, report);
+        }
       }
     }
   }

@@ -67,6 +67,7 @@ CONFIGS: dict[str, tuple[QuantConfig, tuple[int, int, int]]] = {
     **{scheme: (preset(scheme), EXACT) for scheme in ("W4A8", "W4A4", "W3A3", "W3A2")},
     "W2A8": (dataclasses.replace(preset("W4A8"), bits=2), EXACT),
     "W8A8": (dataclasses.replace(preset("W4A8"), bits=8), EXACT),
+    "blocks": (dataclasses.replace(preset("W4A4"), transform_width=16), EXACT),
     "groups": (dataclasses.replace(preset("W4A8"), group_size=64), EXACT),
     "asymmetric": (ASYMMETRIC, EXACT),
     "mac_on_text_rows": (MASKED, EXACT),

@@ -60,9 +60,11 @@ def chats(count: int) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime_qnn") is None, reason="needs onnxruntime-qnn (make test-qnn)")
-def test_a_block_of_real_width_runs_in_the_emulator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transform_width", [1536, 384])
+def test_a_block_of_real_width_runs_in_the_emulator(transform_width: int, tmp_path: Path) -> None:
     loaded, batches = wide_smolvlm(tmp_path / "model"), chats(3)
-    quantized = calibrated(loaded, replace(preset("W4A8"), learning=CLOSED_FORM), batches, tmp_path / "calibration")
+    config = replace(preset("W4A8"), learning=CLOSED_FORM, transform_width=transform_width)
+    quantized = calibrated(loaded, config, batches, tmp_path / "calibration")
     folder = tmp_path / "export"
     folder.mkdir()
     options = StaticOptions(context=32, chunk=16, target=V73.name)

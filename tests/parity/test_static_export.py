@@ -50,14 +50,16 @@ class Static:
         return model
 
 
-# Activation bits; MAC and modality are at work with 8 only.
-@pytest.fixture(scope="module", params=[16, 8])
+# Activation bits and transform_width; MAC and modality are at work with 8 only.
+@pytest.fixture(scope="module", params=[(16, 0), (16, 16), (8, 0)])
 def static(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Static:
     loaded, batches = tiny_loaded(), chat_batches()
+    bits, transform_width = request.param
     config = replace(preset("W4A8"), learning=CLOSED_FORM, correction=CorrectionConfig(cws_ratio=0.05, mac_ratio=0.05))
+    config = replace(config, transform_width=transform_width)
     quantized = calibrated(loaded, config, batches, tmp_path_factory.mktemp("calibration"))
-    folder = tmp_path_factory.mktemp(f"static{request.param}")
-    options = StaticOptions(CONTEXT, CHUNK, "minmax", request.param, "qnn-htp:v73")
+    folder = tmp_path_factory.mktemp(f"static{bits}")
+    options = StaticOptions(CONTEXT, CHUNK, "minmax", bits, "qnn-htp:v73")
     write_static(loaded, quantized, ExportRequest("qdq", batches[0], {"source": "test"}, 0), batches, options, folder)
     return Static(loaded, quantized, folder)
 

@@ -35,6 +35,7 @@ ALLOWED = [
     ("", "activation_bits", [2, 3, 4, 6, 8], [1, 5, 7, 16]),
     ("", "group_size", [0, 32, 64, 128], [-1, 1, 16, 48, 96, 256]),
     ("", "transform", ["hadamard", "identity"], ["", "Hadamard", "random", None]),
+    ("", "transform_width", [0, 16, 2048], [-1, 1, 15]),
     ("", "scale", ["none", "smoothquant", "awq", "mbq"], ["", "AWQ", None]),
     ("", "rounding", ["nearest", "gptq", "gptaq"], ["", "rtn", None]),
     ("", "vision", ["none", "W8A8", "W4A8", "W4A4"], ["", "W3A3", "w4a8", None]),

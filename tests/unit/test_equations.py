@@ -237,7 +237,11 @@ class Pieces:
             scale = site.log_scale.exp()[channels].double().numpy()
             p1, p2 = part.p1()[0].double().numpy(), part.p2()[0].double().numpy()
         self.scale = scale
-        self.p = np.kron(p1, p2)
+        self.p = np.zeros((len(channels), len(channels)))
+        width = p1.shape[1] * len(p2)
+        for first in range(0, len(channels), width):
+            rows = slice(first // len(p2), first // len(p2) + p1.shape[1])
+            self.p[first : first + width, first : first + width] = np.kron(p1[rows], p2)
         self.weight = site.weight[channels].double().numpy() * scale[:, None]  # diag(s) W_g
         self.a = x[:, channels].double().numpy() / scale @ self.p  # X_g diag(1/s) P_g
         self.b = np.linalg.inv(self.p) @ self.weight  # P_g^-1 diag(s) W_g
@@ -254,8 +258,16 @@ def close(got: Array, expected: Array) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_eq_13_14_output_is_the_sum_of_three_groups_each_with_its_own_transform_and_scales() -> None:
-    site, x = site_of(split=SplitConfig(bits=4, activation_bits=8))
+@pytest.mark.parametrize("transform_width", [0, 16])
+def test_eq_13_14_output_is_the_sum_of_three_groups_each_with_its_own_transform_and_scales(
+    transform_width: int,
+) -> None:
+    site, x = site_of(split=SplitConfig(bits=4, activation_bits=8), transform_width=transform_width)
+    mixed = Pieces(site, x, "main").p.reshape(2, 16, 2, 16)
+    assert mixed[0, :, 0].all()
+    assert mixed[1, :, 1].all()
+    assert not np.array_equal(mixed[0, :, 0], mixed[1, :, 1])
+    assert mixed[0, :, 1].any() == mixed[1, :, 0].any() == (transform_width == 0)
     expected = np.zeros((5, OUTPUTS))
     transforms, row_scales = [], []
     for group in ("main", "text", "vision"):

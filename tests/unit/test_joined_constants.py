@@ -53,7 +53,7 @@ def test_arrays_come_back_as_they_went_in() -> None:
     assert tensor.dtype == np.float32
     assert tensor.shape == (joined_size(spec.constant_sizes),)
     assert all(start % PLACE_MULTIPLE == 0 for _, start, _ in places(spec.constant_sizes))
-    found = take_apart(tensor, spec.constant_sizes, spec.block_size, spec.N)
+    found = take_apart(tensor, spec.constant_sizes, spec.group_widths, spec.block_size, spec.N)
     assert list(found) == [name for name in SPEC.present_inputs if name in wanted]
     for name, array in wanted.items():
         assert found[name].dtype == array.dtype
@@ -144,7 +144,9 @@ def computed(model: onnx.ModelProto) -> None:
         (resize("modality", 1), "'constant_sizes' with what .*, got 1 for 'modality'"),
         (resize("weight_main", 1), "'constant_sizes' with what .*, got 1 for 'weight_main'"),
         (resize("p1_main", 2**62), "'constant_sizes' with what .* for 'p1_main'"),
-        (resize("p1_main", 1), "a square number of 'p1_main' in the constants, got 26"),
+        (resize("p1_main", 1), "5 rows of 'p1_main' in the constants, got 26 numbers"),
+        (resize("p1_main", 5), r"\[B \* a, a\] and \[b, b\] with B \* a \* b = K_m = 40, got \[5, 6\] and "),
+        (resize("p2_main", -1), "a square number of 'p2_main' in the constants, got 63"),
         (resize("channel_order", -1), "72 numbers of 'channel_order' in the constants, got 71"),
         (resize("gate_mac", 1), "8 numbers of 'gate_mac' in the constants, got 9"),
         (resize("scale_main", 1), "99 numbers of 'scale_main' in the constants, got 100"),

@@ -130,7 +130,7 @@ def sample(axes: dict[str, list], count: int, seed: int) -> list[dict]:
 def case_of(spec_class: type[Spec], point: dict, exact: bool = True) -> Case:
     """The case at a point of the grid."""
     values = dict(point)
-    feed = {name: values.pop(name) for name in (*FEED_AXES, "joined") if name in values}
+    feed = {name: values.pop(name) for name in (*FEED_AXES, "joined", "blocks") if name in values}
     if "K_m" in values:
         values["group_widths"] = tuple(values.pop(name) for name in ("K_m", "K_t", "K_v"))
         values["K"] = sum(values["group_widths"])
@@ -144,10 +144,16 @@ def case_of(spec_class: type[Spec], point: dict, exact: bool = True) -> Case:
 
 
 LINEAR_CASES = [case_of(SplitQLinearSpec, point) for point in sample({**LINEAR_AXES, **FEED_AXES}, 144, seed=1)]
+# P1 with several blocks.
+BLOCKS = {"K_m": [96, 160, 576, 768], "transform_main": [True], "blocks": [2, 2, 4, 8]}
+LINEAR_CASES += [
+    case_of(SplitQLinearSpec, point) for point in sample({**LINEAR_AXES, **FEED_AXES, **BLOCKS}, 24, seed=5)
+]
 SPLIT_AXES = {**COMMON_AXES, "residual": [True, False], **FEED_AXES}
 # Symmetric only: how far an asymmetric code may move depends on its zero point too.
 FLOAT_AXES = {**SPLIT_AXES, "activation_symmetric": [True], "residual": [False]}
 SPLIT_CASES = [case_of(ChannelSplitQuantizeSpec, point) for point in sample(SPLIT_AXES, 48, seed=2)]
+SPLIT_CASES += [case_of(ChannelSplitQuantizeSpec, point) for point in sample({**SPLIT_AXES, **BLOCKS}, 16, seed=6)]
 FLOAT_CASES = [case_of(ChannelSplitQuantizeSpec, point, exact=False) for point in sample(FLOAT_AXES, 36, seed=3)]
 CORRECTION_AXES = {
     **RANK_AXES,

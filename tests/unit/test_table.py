@@ -427,3 +427,12 @@ def test_ablation_measures_every_component_and_every_rule_once(fakes: Fakes, tmp
     ]
     assert found == ["fp32", *components, *rules]
     assert {row["scheme"] for row in rows(tmp_path)[1:]} == {"W3A2"}
+
+
+def test_ablation_with_another_rounding_says_so(fakes: Fakes, tmp_path: Path) -> None:
+    arguments = ["ablate", "models/tiny", "--results", str(tmp_path / "results.json"), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(main, [*arguments, "--tables", "components", "--epochs", "2", "--rounding", "nearest"])
+    assert result.exit_code == 0, result.output
+    found = [row["method"] for row in rows(tmp_path)]
+    assert found[1:] == [f"components: {name}, 2 epochs, nearest" for name in ("flatquant", "+MOCD", "+CWS", "+MAC")]
+    assert {config.rounding for config in fakes.configs if config is not None} == {"nearest"}

@@ -13,10 +13,14 @@ from splitq_edge.learning.invertible import InvertibleMatrix
 from splitq_edge.quant.transforms import (
     MAX_FACTOR_RATIO,
     apply_transform,
+    dense_transform,
     factor_pair,
     has_balanced_factors,
     invert_into_weight,
     orthogonal_start,
+    starting_factors,
+    transform_shape,
+    transposed,
 )
 from splitq_edge.splitting.plan import outlier_width
 
@@ -29,20 +33,22 @@ def largest_divisor_up_to_root(width: int) -> int:
 
 
 def dense(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
-    """The Kronecker product entry by entry: P[(i, j), (k, l)] = P1[i, k] P2[j, l]."""
-    a, b = p1.shape[0], p2.shape[0]
-    product = torch.empty(a * b, a * b, dtype=torch.float64)
-    for i in range(a):
+    """The Kronecker product entry by entry: P[(i, j), (k, l)] = P1[i, k] P2[j, l], in each block of P1."""
+    (size, a), b = p1.shape, p2.shape[0]
+    product = torch.zeros(size * b, size * b, dtype=torch.float64)
+    for i in range(size):
+        first = i // a * a
         for k in range(a):
-            product[i * b : (i + 1) * b, k * b : (k + 1) * b] = p1[i, k].double() * p2.double()
+            columns = slice((first + k) * b, (first + k + 1) * b)
+            product[i * b : (i + 1) * b, columns] = p1[i, k].double() * p2.double()
     return product
 
 
-def random_factors(a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_factors(a: int, b: int, blocks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Well conditioned, neither symmetric nor orthogonal."""
     generator = rng(a * 100 + b)
-    factors = [torch.eye(n) + torch.randn(n, n, generator=generator) * 0.3 / n**0.5 for n in (a, b)]
-    return factors[0], factors[1]
+    *p1, p2 = (torch.eye(n) + torch.randn(n, n, generator=generator) * 0.3 / n**0.5 for n in (*[a] * blocks, b))
+    return torch.cat(p1), p2
 
 
 def test_factor_pair_is_the_most_equal_one_or_a_clear_refusal_for_every_width() -> None:
@@ -64,6 +70,37 @@ def test_every_main_width_that_the_planner_gives_has_factors() -> None:
         a, b = factor_pair(width)
         assert a * b == width
         assert a <= b <= MAX_FACTOR_RATIO * a
+
+
+@pytest.mark.parametrize(
+    ("width", "most", "expected"),
+    [
+        (7872, 0, (1, 82, 96)),
+        (1984, 2048, (1, 32, 62)),
+        (3904, 2048, (2, 61, 32)),  # 32 x 61, the factor that fills registers last
+        (7872, 2048, (4, 41, 48)),
+        (13760, 2048, (8, 40, 43)),
+        (8576, 1024, (1, 67, 128)),  # 67 * 128: its blocks would be lopsided or too narrow
+        (1472, 368, (4, 23, 16)),
+    ],
+)
+def test_a_wide_group_is_transformed_in_the_fewest_blocks(
+    width: int, most: int, expected: tuple[int, int, int]
+) -> None:
+    assert transform_shape(width, most) == expected
+    p1, p2 = starting_factors(width, most)
+    blocks, a, b = expected
+    assert (p1.shape, p2.shape) == ((blocks * a, a), (b, b))
+    assert all(torch.equal(block, orthogonal_start(a)) for block in p1.split(a))
+
+
+def test_blocks_of_every_planned_width_are_balanced_and_neither_too_wide_nor_too_narrow() -> None:
+    for channels in range(2304, 20000, 256):
+        width = channels - outlier_width(channels, 0.02)
+        blocks, a, b = transform_shape(width, 2048)
+        assert blocks * a * b == width
+        assert max(a, b) <= MAX_FACTOR_RATIO * min(a, b)
+        assert blocks == 1 or 512 <= a * b <= 2048
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 7, 8])
@@ -96,12 +133,16 @@ def test_hadamard_of_a_power_of_four_is_exact(n: int) -> None:
     assert torch.equal(orthogonal_start(n) @ orthogonal_start(n).T, torch.eye(n))
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_application_equals_the_explicit_kronecker_product(a: int, b: int) -> None:
-    p1, p2 = random_factors(a, b)
-    x = torch.randn(2, 3, a * b, generator=rng())
+def test_application_equals_the_explicit_kronecker_product(a: int, b: int, blocks: int) -> None:
+    p1, p2 = random_factors(a, b, blocks)
+    x = torch.randn(2, 3, blocks * a * b, generator=rng())
     expected = x.double() @ dense(p1, p2)
     torch.testing.assert_close(apply_transform(x, p1, p2).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dense_transform(p1, p2).double(), dense(p1, p2), atol=1e-6, rtol=1e-6)
+    back = apply_transform(x, transposed(p1), transposed(p2)).double()
+    torch.testing.assert_close(back, x.double() @ dense(p1, p2).T, atol=1e-5, rtol=1e-5)
 
 
 def test_application_by_hand() -> None:
@@ -111,19 +152,21 @@ def test_application_by_hand() -> None:
     assert apply_transform(torch.tensor([1.0, 2.0, 3.0, 4.0]), p1, p2).tolist() == [6, 4, 2, 2]
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_weight_takes_the_inverse_of_the_explicit_product(a: int, b: int) -> None:
-    p1, p2 = random_factors(a, b)
-    weight = torch.randn(a * b, 7, generator=rng())
+def test_weight_takes_the_inverse_of_the_explicit_product(a: int, b: int, blocks: int) -> None:
+    p1, p2 = random_factors(a, b, blocks)
+    weight = torch.randn(blocks * a * b, 7, generator=rng())
     expected = torch.linalg.solve(dense(p1, p2), weight.double())
     torch.testing.assert_close(invert_into_weight(weight, p1, p2).double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_transform_and_its_inverse_leave_the_linear_unchanged(a: int, b: int) -> None:
-    x = torch.randn(5, a * b, generator=rng(1))
-    weight = torch.randn(a * b, 7, generator=rng(2))
-    for p1, p2 in (random_factors(a, b), (orthogonal_start(a), orthogonal_start(b))):
+def test_transform_and_its_inverse_leave_the_linear_unchanged(a: int, b: int, blocks: int) -> None:
+    x = torch.randn(5, blocks * a * b, generator=rng(1))
+    weight = torch.randn(blocks * a * b, 7, generator=rng(2))
+    for p1, p2 in (random_factors(a, b, blocks), (orthogonal_start(a).repeat(blocks, 1), orthogonal_start(b))):
         got = apply_transform(x, p1, p2) @ invert_into_weight(weight, p1, p2)
         torch.testing.assert_close(got, x @ weight, atol=1e-3, rtol=1e-4)
 
