@@ -17,6 +17,7 @@ from splitq_edge.errors import SplitQError
 from splitq_edge.exporters.qdq.builder import Writer, replace
 from splitq_edge.exporters.symbolic import DOMAIN, PLACEHOLDER
 from splitq_edge.modules.split_linear import GROUPS, GroupWeights, SplitLinear
+from splitq_edge.quant.transforms import block_diagonal
 
 FACTOR_SUFFIX = ".factor"  # constants that are multiplied at 16 bits, not 8: Kronecker factors
 EIGHT_BITS = "splitq.bits8"  # metadata of a node whose output has 8 bits
@@ -89,7 +90,7 @@ class _Lowering:
         self.write.model.graph.remove(self.parts, safe=True)
 
     def _group_rows(self, name: str, group: GroupWeights, start: int, width: int) -> ir.Value:
-        """The group's channels of x, scaled and transformed; a block of a transformed row has the order (b, a)."""
+        """The group's channels of x, scaled and transformed; a transformed row lies in the order (b, a)."""
         site, rows = self.site, self.x
         channels = _numpy(site.order[start : start + width]).astype(np.int64)
         if width < site.in_features or (channels != np.arange(width)).any():
@@ -102,20 +103,19 @@ class _Lowering:
             rows = self._op("Mul", [rows, scale], f"{name}.scaled", width)
         if group.p1 is None or group.p2 is None:
             return rows
-        (height, a), b = group.p1.shape, group.p2.shape[0]
-        blocks = () if height == a else (height // a,)
-        outer = (*self.rows, *blocks)
-        rows = self._reshape(rows, f"{name}.matrix", (*outer, a, b))
-        rows = self._factor(rows, _numpy(group.p2), f"{name}.p2", (*outer, a, b))
-        leading = len(outer)
+        a, b = group.p1.shape[0], group.p2.shape[0]
+        rows = self._reshape(rows, f"{name}.matrix", (*self.rows, a, b))
+        rows = self._factor(rows, _numpy(group.p2), f"{name}.p2", (*self.rows, a, b))
+        leading = len(self.rows)
         rows = self.write.op(
             "Transpose",
             [rows],
             self._name(f"{name}.turned"),
-            shape=(*outer, b, a),
+            shape=(*self.rows, b, a),
             perm=[*range(leading), leading + 1, leading],
         )
-        rows = self._factor(rows, _numpy(group.p1).reshape(*blocks, a, a), f"{name}.p1", (*outer, b, a))
+        # One matrix with the blocks on its diagonal: QNN takes no product of five axes, nor a matrix for each block.
+        rows = self._factor(rows, _numpy(block_diagonal(group.p1)), f"{name}.p1", (*self.rows, b, a))
         return self._reshape(rows, f"{name}.transformed", (*self.rows, width))
 
     def _factor(self, rows: ir.Value, factor: np.ndarray, name: str, shape: Sequence[int]) -> ir.Value:
@@ -225,11 +225,11 @@ class _Lowering:
 
 
 def _turned(codes: np.ndarray, group: GroupWeights) -> np.ndarray:
-    """Rows [B * a * b, ...] with each block in the order (b, a) of a transformed activation."""
+    """Rows [a * b, ...] in the order (b, a) of a transformed activation; a of all blocks."""
     if group.p1 is None or group.p2 is None:
         return codes
-    a, b = group.p1.shape[1], group.p2.shape[0]
-    return np.ascontiguousarray(codes.reshape(-1, a, b, codes.shape[-1]).swapaxes(1, 2).reshape(codes.shape))
+    a, b = group.p1.shape[0], group.p2.shape[0]
+    return np.ascontiguousarray(codes.reshape(a, b, -1).swapaxes(0, 1).reshape(codes.shape))
 
 
 def _numpy(tensor: object) -> np.ndarray:

@@ -150,9 +150,12 @@ def apply_inverse(weight: torch.Tensor, inverse1: torch.Tensor, inverse2: torch.
 
 def dense_transform(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
     """P1 ⊗ P2 of [B * a, a] and [b, b] as one matrix [B * a * b, B * a * b]."""
-    square = p1.shape[0] == p1.shape[1]
-    diagonal = p1 if square else torch.block_diag(*_blocks(p1))
-    return torch.kron(diagonal.contiguous(), p2.contiguous())  # it cannot view a product of transposed ones
+    return torch.kron(block_diagonal(p1).contiguous(), p2.contiguous())  # it cannot view a product of transposed ones
+
+
+def block_diagonal(factor: torch.Tensor) -> torch.Tensor:
+    """The matrices [n, n] of a factor [B * n, n] on the diagonal of one [B * n, B * n]."""
+    return factor if factor.shape[0] == factor.shape[1] else torch.block_diag(*_blocks(factor))
 
 
 def transposed(factor: torch.Tensor) -> torch.Tensor:
