@@ -90,13 +90,14 @@ void ChannelGroups::ReadFactors(const Node& node, size_t input, int group) {
   const Shape p2 = node.SquareShape(input + 1);
   // The sizes divide the width, so that no product of them can overflow before it is compared.
   const bool divides = p2.size() == 2 && p2[0] > 0 && width > 0 && width % p2[0] == 0;
-  const int64_t rows = divides ? width / p2[0] : 1;
+  const std::string expected =
+      names + " of shapes [B * a, a] and [b, b] with B * a * b = " + kGroupNames[group] + " = " +
+      std::to_string(width);
+  if (!divides) node.Fail(expected, "b of " + ToString(p2), kExportAgain);
+  const int64_t rows = width / p2[0];
   const Shape p1 = node.MatrixShape(input, rows);
-  const bool good = divides && p1.size() == 2 && p1[0] == rows && p1[1] > 0 && p1[0] % p1[1] == 0;
-  if (!good) {
-    node.Fail(names + " of shapes [B * a, a] and [b, b] with B * a * b = " + kGroupNames[group] +
-                  " = " + std::to_string(width),
-              ToString(p1) + " and " + ToString(p2), kExportAgain);
+  if (p1.size() != 2 || p1[0] != rows || p1[1] <= 0 || rows % p1[1] != 0) {
+    node.Fail(expected, ToString(p1) + " and " + ToString(p2), kExportAgain);
   }
   KroneckerFactors& factors = plan_.groups[group].factors;
   factors.blocks = p1[0] / p1[1];

@@ -39,9 +39,10 @@ class Node {
   Tensor Constant(size_t index, const Shape& shape) const;
   // A constant initializer, unchecked.
   Tensor AnyConstant(size_t index) const;
-  // Shape of a constant that should be a matrix, square or of so many rows; only in the constants
-  // it is known to be one.
+  // Shape of a constant that should be a square matrix; only in the constants it is known to be
+  // one.
   Shape SquareShape(size_t index) const;
+  // Likewise of a matrix of so many rows, rows > 0.
   Shape MatrixShape(size_t index, int64_t rows) const;
   // A constant vector of int32.
   std::vector<int32_t> IntConstant(size_t index, int64_t size) const;

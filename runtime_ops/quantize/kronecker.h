@@ -24,8 +24,8 @@ struct GatheredGroup {
   int64_t begin;   // of the group in the gathered order
 };
 
-// out = g P of a group g, p1 and p2 given. product: [a * b], working memory; out: [blocks *
-// a * b]
+// out = g P of a group g, p1 and p2 given. product: [a * b], working memory
+// out: [blocks * a * b]
 void ApplyKronecker(const RowKernels& kernels, const KroneckerFactors& factors,
                     const GatheredGroup& group, ReadAhead* ahead, float* product, float* out);
 

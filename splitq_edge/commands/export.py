@@ -362,7 +362,9 @@ def chosen_config(options: ExportOptions) -> QuantConfig | None:
         return None
     else:
         config = method_config(options.method, preset(options.scheme))
-        if options.flavour != "qdq":  # which has integers of its own for what the recipe leaves in float
+        if options.flavour == "qdq":
+            config = replace(config, transform_width=0)  # its graphs would multiply by the zeros beside the blocks
+        else:  # qdq has integers of its own for what the recipe leaves in float
             head = options.lm_head or default_lm_head(config.bits)
             config = replace(config, lm_head=head, embedding=EMBEDDINGS.get(head, "W8"))
     if options.lm_head is not None:

@@ -146,9 +146,10 @@ def ablation_rows(
         label += f", {transform}"
     if rounding is not None:
         config = replace(config, rounding=rounding)
-        label += f", {rounding}"
-    recipes = ablation_recipes(config, table)
-    labelled = [Measurement(f"{table}: {name}{label}", scheme, recipe) for name, recipe in recipes.items()]
+    labelled = []
+    for name, recipe in ablation_recipes(config, table).items():
+        suffix = label if rounding != recipe.rounding else f"{label}, {rounding}"  # some rows have their own
+        labelled.append(Measurement(f"{table}: {name}{suffix}", scheme, recipe))
     return [Measurement(*FLOAT, None), *labelled]
 
 

@@ -70,7 +70,6 @@ def _options(config: QuantConfig) -> Iterator[tuple[str, QuantConfig]]:
         "rounding": ("nearest", "gptq", "gptaq"),
         "clip.weight": ("none", "search"),
         "clip.activation": ("none", "search"),
-        "transform_width": (384,),  # narrow enough to divide the groups of a small model
         "scale": ("none", "smoothquant"),
         "correction.mac_rows": ("text", "all"),
         "group_size": (0, 64),

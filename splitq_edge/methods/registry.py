@@ -66,13 +66,17 @@ _ALL = (
         "quarot",
         "fixed Hadamard rotation, error feedback, activations clipped at 0.9",
         lambda c: _plain(
-            c, transform="hadamard", rounding="gptq", clip=ClipConfig(weight="search", activation_max=0.9)
+            c,
+            transform="hadamard",
+            transform_width=0,
+            rounding="gptq",
+            clip=ClipConfig(weight="search", activation_max=0.9),
         ),
     ),
     Method(
         "flatquant",
         "learned Kronecker transform, scale and clips: SplitQ without split and correction",
-        lambda c: replace(c, split=_NO_SPLIT, correction=_NO_CORRECTION),
+        lambda c: replace(c, split=_NO_SPLIT, correction=_NO_CORRECTION, transform_width=0),
     ),
     Method("splitq", "modality-specific outlier groups, learned transform, CWS and MAC", lambda c: c),
 )

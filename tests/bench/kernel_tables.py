@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 
-from splitq_edge.config import preset
 from splitq_edge.quant.transforms import transform_shape
 from splitq_edge.splitting.plan import outlier_width
 
@@ -69,22 +68,22 @@ def times(run: dict[str, Any]) -> Times:
     return {(row["case"], row["M"], row["threads"], (row["K"], row["N"])): row["us"] for row in run["rows"]}
 
 
-def least_extras(shape: Shape) -> float:
+def least_extras(shape: Shape, transform_width: int) -> float:
     """A whole layer's time over the plain one's if both did nothing but multiply, at the processor's peak.
 
-    The transform is float32, everything else int8; the ranks are those of `kernels.whole_splitq`.
+    The transform is float32 and in blocks of `transform_width` at most, everything else int8; the ranks are those of
+    `kernels.whole_splitq`.
     """
     k, n = shape
     outliers = outlier_width(k, 0.02)
     main, full = k - outliers, min(k - outliers, n)
     cws, mac = (max(4, round(share * full / 4) * 4) for share in (0.02, 0.03))
     groups = (main, outliers // 2, outliers - outliers // 2)
-    most = preset("W4A8").transform_width
-    transform = INT8_A_FLOAT * sum(width * sum(transform_shape(width, most)[1:]) for width in groups)
+    transform = INT8_A_FLOAT * sum(width * sum(transform_shape(width, transform_width)[1:]) for width in groups)
     return 1 + (transform + (cws + mac) * main + mac * n) / (k * n)
 
 
-def extras_table(found: list[Times]) -> list[str]:
+def extras_table(found: list[Times], transform_width: int) -> list[str]:
     """Time of the whole layers divided by that of the plain ones, one thread."""
     shapes = list(dict.fromkeys(shape for *_, shape in found[0]))
     rows = sorted({rows for _, rows, threads, _ in found[0] if threads == 1})
@@ -98,7 +97,7 @@ def extras_table(found: list[Times]) -> list[str]:
             means = [statistics.geometric_mean(ratios) for ratios in values]
             cells = [cell(column) for column in (*zip(*values, strict=True), means)]
             lines.append(f"| {case} | {m} | {' | '.join(cells)} |")
-    least = [least_extras(shape) for shape in shapes]
+    least = [least_extras(shape, transform_width) for shape in shapes]
     cells = [f"{value:.2f}" for value in (*least, statistics.geometric_mean(least))]
     return [*lines, f"| *least, if only multiplying took time* | {MANY_ROWS} | {' | '.join(cells)} |"]
 
@@ -130,7 +129,9 @@ def main(runs: tuple[Path, ...]) -> None:
             cells = [[run.get((case, rows, threads, peer)) for run in found] for peer in (*PEERS, "W4A8")]
             click.echo(f"| {case} | {' | '.join('' if None in c else cell(c) for c in cells)} |")
     timed = [times(content) for content in contents]
-    for title, lines in (("What the extras cost", extras_table(timed)), ("Two threads", threads_table(timed))):
+    transform_width = contents[0]["machine"].get("transform_width", 0)  # runs of one block do not say it
+    extras = extras_table(timed, transform_width)
+    for title, lines in (("What the extras cost", extras), ("Two threads", threads_table(timed))):
         click.echo("\n".join(("", f"## {title}", "", *lines)))
     click.echo()
     for content in contents:

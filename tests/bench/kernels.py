@@ -47,6 +47,7 @@ from splitq_edge.runtime_ops.page_cache import read_through
 from splitq_edge.splitting.plan import outlier_width
 
 WEIGHTS = "weights.bin"
+TRANSFORM_WIDTH = preset("W4A8").transform_width  # of all presets
 MICROSOFT = "com.microsoft"
 COLD_BYTES = 160e6
 SHAPES = "576x960,576x3072,1536x576,2048x2048,2048x8192,8192x2048,4096x4096,4096x14336"
@@ -186,7 +187,7 @@ def whole_splitq(name: str, wbits: int, abits: int) -> Case:
             "gate_mac": numpy_helper.from_array(np.ones(mac, np.float32)),
         }
         for group, width, bits in zip(("main", "text", "vision"), widths, (wbits, 4, 4), strict=True):
-            blocks, a, b = transform_shape(width, preset(name.rsplit(maxsplit=1)[-1]).transform_width)
+            blocks, a, b = transform_shape(width, TRANSFORM_WIDTH)
             p1 = np.tile(np.linalg.qr(rng(a).random((a, a)))[0], (blocks, 1))
             tensors[f"p1_{group}"] = numpy_helper.from_array(p1.astype(np.float32))
             tensors[f"p2_{group}"] = numpy_helper.from_array(np.linalg.qr(rng(b).random((b, b)))[0].astype(np.float32))
@@ -566,7 +567,11 @@ def main(
     library = NativeLibrary(native) if native else None
     found: list[dict[str, object]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine: dict[str, object] = {"onnxruntime": ort.__version__, "kernels": native_isa(runtime_ops.library_path())}
+    machine: dict[str, object] = {
+        "onnxruntime": ort.__version__,
+        "kernels": native_isa(runtime_ops.library_path()),
+        "transform_width": TRANSFORM_WIDTH,
+    }
     for count in map(int, threads.split(",")):
         limits = Limits(library.read_gbps(count), library.peak_gops(count)) if library else Limits(0.0, 0.0)
         machine[f"limits_{count}"] = {"gbps": round(limits.gbps, 1), "gops": round(limits.gops)}

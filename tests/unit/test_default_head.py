@@ -1,4 +1,4 @@
-"""Which output projection and embedding an export has when no recipe file says it."""
+"""Which output projection, embedding and transform an export has when no recipe file says it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def test_both_follow_the_scheme_and_each_other(changes: dict[str, Any], lm_head:
     config = chosen_config(replace(OPTIONS, **changes))
     assert config is not None
     assert (config.lm_head, config.embedding) == (lm_head, embedding)
+
+
+@pytest.mark.parametrize(("flavour", "width"), [("packed", 1536), ("portable", 1536), ("qdq", 0)])
+def test_a_static_graph_has_no_zeros_beside_the_blocks_of_a_transform(flavour: str, width: int) -> None:
+    config = chosen_config(replace(OPTIONS, flavour=flavour))
+    assert config is not None
+    assert config.transform_width == width
 
 
 def test_a_recipe_file_says_it_itself(tmp_path: Path) -> None:

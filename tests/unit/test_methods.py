@@ -40,10 +40,11 @@ RECIPES = {
     "quarot": NEAREST
     | {
         "transform": "hadamard",
+        "transform_width": 0,
         "rounding": "gptq",
         "clip": ClipConfig(weight="search", activation_max=0.9),
     },
-    "flatquant": {"split": NO_SPLIT, "correction": NO_CORRECTION},
+    "flatquant": {"split": NO_SPLIT, "correction": NO_CORRECTION, "transform_width": 0},
     "splitq": {},
 }
 

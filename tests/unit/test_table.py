@@ -14,6 +14,7 @@ from rich.console import Console
 from splitq_edge.artifacts import EXPORT_FILE, write_json
 from splitq_edge.cli import main
 from splitq_edge.commands import table
+from splitq_edge.commands.table import ablation_rows
 from splitq_edge.config import QuantConfig, preset
 from splitq_edge.errors import SplitQError
 from splitq_edge.evaluate.tasks import Question
@@ -436,3 +437,9 @@ def test_ablation_with_another_rounding_says_so(fakes: Fakes, tmp_path: Path) ->
     found = [row["method"] for row in rows(tmp_path)]
     assert found[1:] == [f"components: {name}, 2 epochs, nearest" for name in ("flatquant", "+MOCD", "+CWS", "+MAC")]
     assert {config.rounding for config in fakes.configs if config is not None} == {"nearest"}
+
+
+def test_rows_with_a_rounding_of_their_own_keep_its_name() -> None:
+    settings: Any = {"epochs": 0, "transform_lr": None, "transform": None, "rounding": "nearest"}
+    for row in [row for name in ("options", "bits") for row in ablation_rows(name, "W4A4", **settings)]:
+        assert row.is_float or row.method.endswith(", nearest") == (row.config.rounding == "nearest"), row.method

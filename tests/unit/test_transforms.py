@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import rng
 
+from splitq_edge.config import QuantConfig
 from splitq_edge.errors import SplitQError
 from splitq_edge.learning.invertible import InvertibleMatrix
 from splitq_edge.quant.transforms import (
@@ -97,10 +98,10 @@ def test_a_wide_group_is_transformed_in_the_fewest_blocks(
 def test_blocks_of_every_planned_width_are_balanced_and_neither_too_wide_nor_too_narrow() -> None:
     for channels in range(2304, 20000, 256):
         width = channels - outlier_width(channels, 0.02)
-        blocks, a, b = transform_shape(width, 2048)
+        blocks, a, b = transform_shape(width, QuantConfig("W4A8", bits=4, activation_bits=8).transform_width)
         assert blocks * a * b == width
         assert max(a, b) <= MAX_FACTOR_RATIO * min(a, b)
-        assert blocks == 1 or 512 <= a * b <= 2048
+        assert blocks == 1 or 384 <= a * b <= 1536
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 7, 8])
