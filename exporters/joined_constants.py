@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isqrt
 
 import numpy as np
 
-from splitq_edge.exporters.specs import GROUPS, SplitQLinearSpec
+from splitq_edge.exporters.specs import SplitQLinearSpec, joined_factor_shape
 
 PLACE_MULTIPLE = 16  # numbers; each array begins at one, so that a cache line of the tensor is one of the array
 
@@ -63,12 +62,9 @@ def shape_of(name: str, sizes: Sequence[int], widths: Sequence[int], block_size:
         block_size: of the main weight.
         outputs: N.
     """
-    size = sizes[SplitQLinearSpec.inputs.index(name)]
     if name.startswith(("p1_", "p2_")):
-        group = name[3:]
-        b = isqrt(sizes[SplitQLinearSpec.inputs.index(f"p2_{group}")])
-        rows = b if name.startswith("p2_") else widths[GROUPS.index(group)] // b
-        return rows, size // rows
+        return joined_factor_shape(name, sizes, widths)
+    size = sizes[SplitQLinearSpec.inputs.index(name)]
     return (size // outputs, outputs) if name == "scale_main" and block_size else (size,)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import ClassVar
@@ -393,15 +394,27 @@ def _joined_token(spec: SplitQLinearSpec) -> str:
     """Rows of the first factors, with their columns where they have blocks; the rest of the spec gives all others."""
     if not spec.constant_sizes:
         return ""
-    sizes = dict(zip(spec.inputs, spec.constant_sizes, strict=False))
-    widths = dict(zip(GROUPS, spec.group_widths, strict=True))
-    tokens = ["joined"]
-    for group in spec.groups:
-        b = isqrt(sizes[f"p2_{group}"])
-        rows = widths[group] // b if b else 0
-        a = sizes[f"p1_{group}"] // rows if rows else 0
-        tokens.append(f"{rows}" if rows == a else f"{rows}x{a}")
-    return ".".join(tokens)
+    shapes = [joined_factor_shape(f"p1_{group}", spec.constant_sizes, spec.group_widths) for group in spec.groups]
+    return ".".join(["joined", *(f"{rows}" if rows == a else f"{rows}x{a}" for rows, a in shapes)])
+
+
+def joined_factor_shape(name: str, sizes: Sequence[int], widths: Sequence[int]) -> tuple[int, int]:
+    """Shape of a Kronecker factor in `constants`: p2 is square, p1 has the rows that p2 leaves of the group's channels.
+
+    Args:
+        name: "p1_main" and the like.
+        sizes: numbers of each input, 0 for those that `constants` lacks.
+        widths: channels of the groups.
+
+    Returns:
+        Rows and columns, zeros for a group without factors.
+    """
+    group = name[3:]
+    b = isqrt(sizes[SplitQLinearSpec.inputs.index(f"p2_{group}")])
+    if not b or name.startswith("p2_"):
+        return b, b
+    rows = widths[GROUPS.index(group)] // b
+    return rows, sizes[SplitQLinearSpec.inputs.index(name)] // rows
 
 
 class _WholeSpec:

@@ -106,7 +106,7 @@ def apply_transform(x: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor) -> torc
         [..., B * a * b].
     """
     a, b = p1.shape[1], p2.shape[0]
-    if p1.shape[0] == a:
+    if p1.shape[0] == a:  # no axis of blocks, which would make a batch of the second product
         rows = x.reshape(*x.shape[:-1], a, b) @ p2
         return (p1.T @ rows).reshape(x.shape)
     blocks = _blocks(p1)
