@@ -37,6 +37,7 @@ class NativeLibrary:
             "ggml_peer_get_y": (None, [c_void_p, FLOATS]),
             "peak_gops": (c_double, [c_int]),
             "read_gbps": (c_double, [c_int]),
+            "round_trip_ns": (c_double, [c_int, c_int]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self.functions, name)
@@ -49,6 +50,10 @@ class NativeLibrary:
     def read_gbps(self, threads: int) -> float:
         """10^9 bytes a second from memory."""
         return float(self.functions.read_gbps(threads))
+
+    def round_trip_ns(self, first: int, second: int) -> float:
+        """Nanoseconds that a cache line takes from one processor to another and back, 0 if unknown."""
+        return float(self.functions.round_trip_ns(first, second))
 
 
 def floats(array: np.ndarray) -> object:

@@ -3,7 +3,9 @@
     python tests/bench/kernel_goals.py RUN.json [RUN.json ...]
 
 The numbers are geometric means over the shapes of the files, of several runs the median with its range. Runs of one
-processor are named alike up to a number: kernels-zen4-1.json, kernels-zen4-2.json; each has a column.
+processor are named alike up to a number: kernels-zen4-1.json, kernels-zen4-2.json; each has a column. Files of
+two_threads.py, as two-threads-zen4-1.json, add what a second thread gives on cores behind one last-level cache and on
+cores with one each.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import click
 from kernel_tables import Key, Times, cell, ratios, times
+from two_threads import APART_NS, LOOP, PLACES, Shape, load, speed_up
 
 NBITS = "MatMulNBits 4 bits b128"
 # Layer, rows, peer (or "roofline"), and how many times longer it is to take at least; one thread.
@@ -87,6 +90,18 @@ def memory(machines: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[
         yield "*reading memory in a loop, in a second of each run*, times as fast with two threads", "", values, True
 
 
+def placed(runs: Sequence[dict[str, Shape]]) -> Iterator[tuple[str, str, list[float], bool]]:
+    """The goals of two threads and one row by where the threads' cores are, and a loop over memory beside them."""
+    for label, apart in PLACES:
+        for name, goal in (*((layer, goal) for layer, rows, goal in THREADS if rows == 1), (LOOP, 0.0)):
+            found = [speed_up(run, name, APART_NS, apart=apart) for run in runs]
+            if values := [value for value in found if value is not None]:
+                what = f"{name}, 1 row" if goal else f"*{name}*"
+                text = f">= {goal:.2f}" if goal else ""
+                reached = statistics.median(values) >= goal
+                yield f"{what}, times as fast with two threads on cores {label}", text, values, reached
+
+
 def _rows(rows: int) -> str:
     return f"{rows} row{'s' * (rows > 1)}"
 
@@ -102,18 +117,29 @@ def _mean(run: Times, one: tuple[str, int, int], other: tuple[str, int, int]) ->
 def main(runs: tuple[Path, ...]) -> None:
     """Print them as a Markdown table."""
     processors: dict[str, list[dict[str, Any]]] = {}
+    apart: dict[str, list[dict[str, Shape]]] = {}
     for run in runs:
-        name = run.stem.rpartition("-")[0].removeprefix("kernels-") or run.stem
-        processors.setdefault(name, []).append(json.loads(run.read_text(encoding="utf-8")))
+        content = json.loads(run.read_text(encoding="utf-8"))
+        name = run.stem.rpartition("-")[0] or run.stem
+        if "shapes" in content:
+            apart.setdefault(name.removeprefix("two-threads-"), []).append(load(run))
+        else:
+            processors.setdefault(name.removeprefix("kernels-"), []).append(content)
     columns: dict[tuple[str, str], dict[str, str]] = {}
-    for name, contents in processors.items():
-        found = [*goals([ratios(content) for content in contents], [times(content) for content in contents])]
-        found += memory([content["machine"] for content in contents])
+    for name in {**processors, **apart}:
+        found = [*placed(apart.get(name, []))]
+        if contents := processors.get(name):
+            found = [
+                *goals([ratios(content) for content in contents], [times(content) for content in contents]),
+                *memory([content["machine"] for content in contents]),
+                *found,
+            ]
         for what, goal, values, reached in found:
             columns.setdefault((what, goal), {})[name] = cell(values) if reached else f"**{cell(values)}**"
-    click.echo(f"| | goal | {' | '.join(processors)} |\n|---|---:|{'---:|' * len(processors)}")
-    for (what, goal), values in columns.items():
-        click.echo(f"| {what} | {goal} | {' | '.join(values.get(name, '') for name in processors)} |")
+    names = [*{**processors, **apart}]
+    click.echo(f"| | goal | {' | '.join(names)} |\n|---|---:|{'---:|' * len(names)}")
+    for (what, goal), row in columns.items():
+        click.echo(f"| {what} | {goal} | {' | '.join(row.get(name, '') for name in names)} |")
 
 
 if __name__ == "__main__":

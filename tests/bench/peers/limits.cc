@@ -1,7 +1,13 @@
 // What the processor can do at best: the rate of its widest integer dot product, without memory,
 // and of reading memory. Times are each thread's own, so that another process takes nothing away.
+// And how far two processors are from each other, which tells whether they share a cache.
 #include <time.h>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -129,6 +135,21 @@ int64_t ReadAll(const std::vector<int64_t>& values) {
   return total;
 }
 
+#if defined(__linux__)
+double Seconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+bool KeepOn(int processor) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(static_cast<unsigned>(processor), &set);
+  return sched_setaffinity(0, sizeof(set), &set) == 0;
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -152,6 +173,50 @@ double read_gbps(int threads) {
   const double bytes = static_cast<double>(parts[0].size() * sizeof(int64_t));
   const auto read = [&](int i) { return ReadAll(parts[static_cast<size_t>(i)]); };
   return BestRate(threads, bytes, read) / 1e9;
+}
+
+// Nanoseconds that a cache line takes from one processor to another and back, the shortest of some
+// means; 0 if threads cannot be kept on processors here. Cores behind one last-level cache hand a
+// line over in it; what is several times as long goes from one part of the processor to another.
+double round_trip_ns(int first, int second) {
+#if defined(__linux__)
+  constexpr int kAttempts = 10, kTrips = 2000;
+  struct alignas(128) Ball {
+    std::atomic<int> at{0};
+  } ball;
+  std::atomic<bool> ready{false}, failed{false};
+  double best = 0.0;
+  std::thread other([&] {
+    failed = failed || !KeepOn(second);
+    ready = true;
+    for (int trip = 0; trip < kAttempts * kTrips; ++trip) {
+      while (ball.at.load(std::memory_order_acquire) != 1) {
+      }
+      ball.at.store(0, std::memory_order_release);
+    }
+  });
+  std::thread own([&] {
+    failed = failed || !KeepOn(first);
+    while (!ready) std::this_thread::yield();
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+      const double start = Seconds();
+      for (int trip = 0; trip < kTrips; ++trip) {
+        ball.at.store(1, std::memory_order_release);
+        while (ball.at.load(std::memory_order_acquire) != 0) {
+        }
+      }
+      const double mean = (Seconds() - start) / kTrips;
+      best = attempt == 0 ? mean : std::min(best, mean);
+    }
+  });
+  other.join();
+  own.join();
+  return failed ? 0.0 : best * 1e9;
+#else
+  static_cast<void>(first);
+  static_cast<void>(second);
+  return 0.0;
+#endif
 }
 
 }  // extern "C"
