@@ -157,7 +157,11 @@ def speed_up(shapes: dict[str, Shape], name: str, ns: float, *, apart: bool) -> 
 
 def load(path: Path) -> dict[str, Shape]:
     """The shapes of a file."""
-    stored = json.loads(path.read_text(encoding="utf-8"))["shapes"]
+    if not path.is_file():
+        raise click.ClickException(f"--json {path}: not there")
+    stored = json.loads(path.read_text(encoding="utf-8")).get("shapes")
+    if stored is None:
+        raise click.ClickException(f"{path}: expected a file of this program with 'shapes'; measure again")
     return {
         shape: Shape({name: Rates(**rates) for name, rates in of["rates"].items()}, of["round_trip_ns"])
         for shape, of in stored.items()
@@ -178,12 +182,19 @@ def load(path: Path) -> dict[str, Shape]:
     "--native",
     type=click.Path(path_type=Path),
     default=Path("build/peers/cmake/libbench_peers.so"),
+    show_default=True,
     help="Of peers/build.sh.",
 )
-@click.option("--json", "path", type=click.Path(path_type=Path), default=Path("build/bench/two-threads.json"))
+@click.option(
+    "--json", "path", type=click.Path(path_type=Path), default=Path("build/bench/two-threads.json"), show_default=True
+)
 @click.option("--show", is_flag=True, help="The tables of a file that is there.")
 def main(shapes: str, seconds: float, apart: int, ns: float, native: Path, path: Path, show: bool) -> None:
     if not show:
+        if len(processors(2)) < 2:
+            raise click.ClickException("expected two processors that threads can be kept on, as on Linux")
+        if not native.exists():
+            raise click.ClickException(f"--native {native}: not there; run tests/bench/peers/build.sh first")
         library = NativeLibrary(native)
         parts = np.ones((2, LOOP_FLOATS), np.float32)
         path.parent.mkdir(parents=True, exist_ok=True)
