@@ -37,6 +37,7 @@ class NativeLibrary:
             "ggml_peer_get_y": (None, [c_void_p, FLOATS]),
             "peak_gops": (c_double, [c_int]),
             "read_gbps": (c_double, [c_int]),
+            "read_on_gbps": (c_double, [POINTER(c_int64), c_int64, c_int, POINTER(c_int), c_int]),
             "round_trip_ns": (c_double, [c_int, c_int]),
         }
         for name, (result, arguments) in signatures.items():
@@ -50,6 +51,18 @@ class NativeLibrary:
     def read_gbps(self, threads: int) -> float:
         """10^9 bytes a second from memory."""
         return float(self.functions.read_gbps(threads))
+
+    def read_on_gbps(self, values: np.ndarray, passes: int, processors: list[int]) -> float:
+        """10^9 bytes a second at which int64 values are read, a part of them by each processor; 0 if unknown.
+
+        Args:
+            values: [N] int64, N a multiple of 16 for each processor.
+            passes: times that they are read.
+            processors: of the threads, one each.
+        """
+        numbers = (c_int * len(processors))(*processors)
+        data = values.ctypes.data_as(POINTER(c_int64))
+        return float(self.functions.read_on_gbps(data, values.size, passes, numbers, len(processors)))
 
     def round_trip_ns(self, first: int, second: int) -> float:
         """Nanoseconds that a cache line takes from one processor to another and back, 0 if unknown."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 from kernel_tables import Key, Times, cell, ratios, times
-from two_threads import APART_NS, LOOP, PLACES, Shape, load, speed_up
+from two_threads import LOOP, PLACES, Shape, load, speed_up
 
 NBITS = "MatMulNBits 4 bits b128"
 # Layer, rows, peer (or "roofline"), and how many times longer it is to take at least; one thread.
@@ -94,8 +94,8 @@ def placed(runs: Sequence[dict[str, Shape]]) -> Iterator[tuple[str, str, list[fl
     """The goals of two threads and one row by where the threads' cores are, and a loop over memory beside them."""
     for label, apart in PLACES:
         for name, goal in (*((layer, goal) for layer, rows, goal in THREADS if rows == 1), (LOOP, 0.0)):
-            found = [speed_up(run, name, APART_NS, apart=apart) for run in runs]
-            if values := [value for value in found if value is not None]:
+            values = [value for run in runs if (value := speed_up(run, name, apart=apart)) is not None]
+            if values and len(values) == len(runs):
                 what = f"{name}, 1 row" if goal else f"*{name}*"
                 text = f">= {goal:.2f}" if goal else ""
                 reached = statistics.median(values) >= goal
@@ -112,6 +112,23 @@ def _mean(run: Times, one: tuple[str, int, int], other: tuple[str, int, int]) ->
     return statistics.geometric_mean(run[(*one, s)] / run[(*other, s)] for s in shapes) if shapes else None
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A file of kernels.py.
+
+    Raises:
+        click.ClickException: it is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["rows"] and content["machine"]:
+            return dict(content)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise click.ClickException(
+        f"{path}: expected a file of kernels.py, or of two_threads.py named two-threads-NAME-1.json"
+    )
+
+
 @click.command(help=__doc__)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 def main(runs: tuple[Path, ...]) -> None:
@@ -119,12 +136,15 @@ def main(runs: tuple[Path, ...]) -> None:
     processors: dict[str, list[dict[str, Any]]] = {}
     apart: dict[str, list[dict[str, Shape]]] = {}
     for run in runs:
-        content = json.loads(run.read_text(encoding="utf-8"))
-        name = run.stem.rpartition("-")[0] or run.stem
-        if "shapes" in content:
-            apart.setdefault(name.removeprefix("two-threads-"), []).append(load(run))
+        if run.stem.startswith("two-threads"):
+            name = run.stem.removeprefix("two-threads").strip("-").rpartition("-")[0]
+            apart.setdefault(name or run.stem, []).append(load(run))
         else:
-            processors.setdefault(name.removeprefix("kernels-"), []).append(content)
+            name = run.stem.rpartition("-")[0].removeprefix("kernels-") or run.stem
+            processors.setdefault(name, []).append(read(run))
+    for name, loaded in apart.items():
+        if any(run.keys() != loaded[0].keys() for run in loaded):
+            raise click.ClickException(f"{name}: expected files of two_threads.py of the same shapes")
     columns: dict[tuple[str, str], dict[str, str]] = {}
     for name in {**processors, **apart}:
         found = [*placed(apart.get(name, []))]

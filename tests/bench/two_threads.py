@@ -3,10 +3,12 @@
     python tests/bench/two_threads.py --native build/peers/cmake/libbench_peers.so --json build/bench/two-threads.json
 
 `kernels.py` times one thread in other minutes than two, and a virtual machine's two processors are other cores from
-second to second. Here every round runs all cases with one and with two threads, one after the other, so that a round's
-speed-up is of one moment. Before and after it a cache line goes back and forth between the two processors: cores behind
-one last-level cache, which also share its path to memory, hand it over several times as fast as others. Rounds are told
-apart by that; those in which it changed are left out.
+second to second. Here every round runs all cases with one and with two threads, one after the other, each thread kept
+on a processor and all in elapsed time, so that a round's speed-up is of one moment. The loop reads as many bytes as a
+layer's copies have.
+
+Before and after every round a cache line goes back and forth between the two processors. Cores behind one last-level
+cache, which share its path to memory, too, hand it over several times as fast as others; rounds are told apart by that.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import numpy as np
 import onnxruntime as ort
 from ggml import NativeLibrary
-from kernels import CASES, COLD_BYTES, OrtTimed, Sessions, Setting, processors
+from kernels import CASES, COLD_BYTES, OrtTimed, Sessions, Setting, kept_on, processors
 
 from splitq_edge import runtime_ops
 from splitq_edge.commands.doctor import native_isa
@@ -34,11 +36,10 @@ PEER = "MatMulNBits 4 bits b128"
 LAYERS = ("W4A8", "W3A8", PEER)
 LOOP = "loop over memory"
 SHAPES = "2048x2048,2048x8192,8192x2048,4096x4096,4096x14336"
-APART_NS = 150.0  # 54 to 117 ns behind one cache and 302 to 342 with a cache each, on Zen 4
 PLACES = (("behind one cache", False), ("with a cache each", True))  # whether apart
-LOOP_FLOATS = 1 << 24  # of each thread, 64 MB
+APART_NS = 150.0  # 54 to 117 ns behind one cache and 302 to 342 with a cache each, on Zen 4
 PASSES = 4  # over all copies of a layer, or over the loop's memory
-LATER = 10  # times the seconds that a shape takes at most, while rounds on cores with a cache each are missing
+LATER = 10  # times the seconds that a shape takes at most, while rounds in one of the places are missing
 
 
 @dataclass
@@ -58,25 +59,6 @@ class Rates:
         return [two / one for one, two in zip(self.one, self.two, strict=True)]
 
 
-def read(parts: np.ndarray) -> float:
-    """10^9 bytes a second that a thread for each of the parts reads."""
-    threads = [threading.Thread(target=lambda part=part: [part.max() for _ in range(PASSES)]) for part in parts]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return PASSES * parts.nbytes / (time.perf_counter() - start) / 1e9
-
-
-def rate(layer: OrtTimed) -> float:
-    """10^9 bytes of weights a second."""
-    layer.seconds.clear()
-    for _ in range(PASSES):
-        layer.run()
-    return layer.case.weight_bytes(layer.setting.k, layer.setting.n) / layer.microseconds() / 1e3
-
-
 @dataclass
 class Shape:
     """Rounds over all cases of a shape.
@@ -84,21 +66,72 @@ class Shape:
     Attributes:
         rates: by case.
         round_trip_ns: of a cache line between the two processors, before the first round and after each.
+        apart_ns: round trip from which each processor is taken to have a last-level cache of its own.
     """
 
     rates: dict[str, Rates]
     round_trip_ns: list[float]
+    apart_ns: float
 
-    def apart(self, ns: float) -> list[bool | None]:
+    def apart(self) -> list[bool | None]:
         """Of each round, whether the processors had a cache each; None where that changed meanwhile."""
-        found = [trip >= ns for trip in self.round_trip_ns]
+        found = [trip >= self.apart_ns for trip in self.round_trip_ns]
         return [before if before == after else None for before, after in itertools.pairwise(found)]
 
+    def of(self, name: str, apart: bool | None) -> Rates:
+        """A case's rounds in such a place; None: all of them."""
+        rates, found = self.rates[name], Rates()
+        for one, two, place in zip(rates.one, rates.two, self.apart(), strict=True):
+            if apart is None or place is apart:
+                found.add(one, two)
+        return found
 
-def measure(
-    k: int, n: int, seconds: float, wanted: int, ns: float, library: NativeLibrary, parts: np.ndarray, folder: Path
-) -> Shape:
-    """Rounds for so many seconds, and for up to `LATER` times as many until enough found the processors apart."""
+
+@dataclass(frozen=True)
+class Machine:
+    """What is measured with.
+
+    Attributes:
+        library: peers/build.sh's.
+        processors: the two that threads are kept on.
+        values: what the loop reads.
+    """
+
+    library: NativeLibrary
+    processors: list[int]
+    values: np.ndarray
+
+    def loop(self, threads: int) -> float:
+        """10^9 bytes a second that a loop over memory reads."""
+        return self.library.read_on_gbps(self.values, PASSES, self.processors[:threads])
+
+    def round_trip_ns(self) -> float:
+        """See `Shape`.
+
+        Raises:
+            click.ClickException: threads cannot be kept on these processors.
+        """
+        found = self.library.round_trip_ns(*self.processors)
+        if not found:
+            raise click.ClickException(
+                f"expected to keep threads on the processors {self.processors}; the system refused"
+            )
+        return round(found)
+
+
+def rate(layer: OrtTimed) -> float:
+    """10^9 bytes of weights a second, in elapsed time."""
+    seconds = []
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        layer.run()
+        seconds.append(time.perf_counter() - start)
+    size = layer.case.weight_bytes(layer.setting.k, layer.setting.n) * layer.copies
+    return size / statistics.median(seconds) / 1e9
+
+
+def measure(k: int, n: int, seconds: float, wanted: int, apart_ns: float, machine: Machine, folder: Path) -> Shape:
+    """Rounds for so many seconds, and for up to `LATER` times as many until there are enough in either place."""
     cases = [case for case in CASES if case.name in LAYERS]
     layers: dict[str, list[OrtTimed]] = {case.name: [] for case in cases}
     for threads in (1, 2):
@@ -107,113 +140,155 @@ def measure(
         for case in cases:
             layers[case.name].append(OrtTimed(case, setting, sessions))
             layers[case.name][-1].warm_up()
-    first, second = processors(2)
-    found = Shape({name: Rates() for name in (*layers, LOOP)}, [round(library.round_trip_ns(first, second))])
+    found = Shape({name: Rates() for name in (*layers, LOOP)}, [machine.round_trip_ns()], apart_ns)
     begin = time.perf_counter()
-    while (spent := time.perf_counter() - begin) < seconds * LATER:
-        if spent >= seconds and found.apart(ns).count(True) >= wanted:
-            break
-        for name, (one, two) in layers.items():
-            found.rates[name].add(rate(one), rate(two))
-        found.rates[LOOP].add(read(parts[:1]), read(parts))
-        found.round_trip_ns.append(round(library.round_trip_ns(first, second)))
+    with kept_on(machine.processors[:1]):
+        while (spent := time.perf_counter() - begin) < seconds * LATER:
+            places = found.apart()
+            if spent >= seconds and min(places.count(apart) for _, apart in PLACES) >= wanted:
+                break
+            for name, (one, two) in layers.items():
+                found.rates[name].add(rate(one), rate(two))
+            found.rates[LOOP].add(machine.loop(1), machine.loop(2))
+            found.round_trip_ns.append(machine.round_trip_ns())
     return found
 
 
-def table(shapes: dict[str, Shape], ns: float) -> Iterator[str]:
-    """Medians and the range of eight in ten rounds: on cores behind one cache, on cores with a cache each."""
+def rates_table(shapes: dict[str, Shape]) -> Iterator[str]:
+    """Medians and the range of eight in ten rounds, of all shapes together."""
     yield "| processors | | GB/s, one thread | GB/s, two | speed-up |"
     yield "|---|---|---:|---:|---:|"
-    for label, wanted in PLACES:
-        found: dict[str, Rates] = {}
-        for shape in shapes.values():
-            for name, rates in shape.rates.items():
-                total = found.setdefault(name, Rates())
-                for one, two, apart in zip(rates.one, rates.two, shape.apart(ns), strict=True):
-                    if apart is wanted:
-                        total.add(one, two)
-        rounds = max(len(rates.one) for rates in found.values())
-        first = f"{label}, {rounds} rounds"
-        for name, rates in found.items() if rounds else ():
+    for label, wanted in (*PLACES, ("all rounds", None)):
+        for number, name in enumerate((*LAYERS, LOOP)):
+            parts = [shape.of(name, wanted) for shape in shapes.values()]
+            found = Rates([x for part in parts for x in part.one], [x for part in parts for x in part.two])
+            if not found.one:
+                continue
             cells = []
-            for values, digits in ((rates.one, 1), (rates.two, 1), (rates.gains(), 2)):
+            for values, digits in ((found.one, 1), (found.two, 1), (found.gains(), 2)):
                 low, high = np.quantile(values, (0.1, 0.9))
                 cells.append(f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})")
+            first = "" if number else f"{label}, {len(found.one)}"
             yield f"| {first} | {name} | {' | '.join(cells)} |"
-            first = ""
 
 
-def speed_up(shapes: dict[str, Shape], name: str, ns: float, *, apart: bool) -> float | None:
-    """Geometric mean over the shapes of a case's median speed-up in such rounds; None where there is nothing to say."""
-    medians = []
-    for shape in shapes.values():
-        rounds = zip(shape.rates[name].gains(), shape.apart(ns), strict=True)
-        gains = [gain for gain, known in rounds if known is apart]
-        if not gains:
-            return None
-        medians.append(statistics.median(gains))
-    return statistics.geometric_mean(medians) if medians else None
+def shapes_table(shapes: dict[str, Shape]) -> Iterator[str]:
+    """Median speed-up of every shape, and the geometric mean of these."""
+    yield f"| processors | | {' | '.join(shapes)} | mean |"
+    yield f"|---|---|{'---:|' * (len(shapes) + 1)}"
+    for label, wanted in PLACES:
+        counts = [str(len(shape.of(LOOP, wanted).one)) for shape in shapes.values()]
+        yield f"| {label} | rounds | {' | '.join(counts)} | |"
+        for name in (*LAYERS, LOOP):
+            cells = []
+            for shape in shapes.values():
+                gains = shape.of(name, wanted).gains()
+                cells.append(f"{statistics.median(gains):.2f}" if gains else "")
+            mean = speed_up(shapes, name, apart=wanted)
+            yield f"| | {name} | {' | '.join(cells)} | {'' if mean is None else f'{mean:.2f}'} |"
+
+
+def speed_up(shapes: dict[str, Shape], name: str, *, apart: bool) -> float | None:
+    """Geometric mean over the shapes of a case's median speed-up in such rounds; None where a shape has none."""
+    gains = [shape.of(name, apart).gains() for shape in shapes.values()]
+    return statistics.geometric_mean(map(statistics.median, gains)) if gains and all(gains) else None
 
 
 def load(path: Path) -> dict[str, Shape]:
-    """The shapes of a file."""
-    if not path.is_file():
-        raise click.ClickException(f"--json {path}: not there")
-    stored = json.loads(path.read_text(encoding="utf-8")).get("shapes")
-    if stored is None:
-        raise click.ClickException(f"{path}: expected a file of this program with 'shapes'; measure again")
-    return {
-        shape: Shape({name: Rates(**rates) for name, rates in of["rates"].items()}, of["round_trip_ns"])
-        for shape, of in stored.items()
-    }
+    """The shapes of a file.
+
+    Raises:
+        click.ClickException: it is not of this program.
+    """
+    names = (*LAYERS, LOOP)
+    try:
+        found = {
+            shape: Shape({name: Rates(**of["rates"][name]) for name in names}, of["round_trip_ns"], of["apart_ns"])
+            for shape, of in json.loads(path.read_text(encoding="utf-8"))["shapes"].items()
+        }
+    except OSError as error:
+        raise click.ClickException(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise click.ClickException(f"{path}: expected a file of two_threads.py; measure again") from error
+    if not found:
+        raise click.ClickException(f"{path}: expected shapes, got none")
+    return found
+
+
+def parse_shapes(_context: click.Context, _option: click.Parameter, text: str) -> list[tuple[int, int]]:
+    """K and N of every shape."""
+    try:
+        found = [(int(k), int(n)) for k, n in (shape.split("x") for shape in text.split(","))]
+    except ValueError:
+        found = []
+    if not found or min(min(shape) for shape in found) < 1:
+        raise click.BadParameter(f"expected KxN with commas between, as {SHAPES}, got '{text}'")
+    return found
+
+
+def machine_with(native: Path) -> Machine:
+    """The first two processors.
+
+    Raises:
+        click.ClickException: there are not two, or the library is not there or an old one.
+    """
+    first_two = processors(2)
+    if len(first_two) < 2:
+        raise click.ClickException("expected two processors that threads can be kept on, as on Linux")
+    try:
+        library = NativeLibrary(native)
+    except (OSError, AttributeError) as error:
+        raise click.ClickException(f"--native {native}: {error}; run tests/bench/peers/build.sh first") from error
+    return Machine(library, first_two, np.ones(int(COLD_BYTES) // 256 * 32, np.int64))
 
 
 @click.command(help=__doc__)
-@click.option("--shapes", default=SHAPES, show_default=True, help="KxN, with commas between.")
-@click.option("--seconds", default=20.0, show_default=True, help="A shape.")
+@click.option("--shapes", default=SHAPES, show_default=True, callback=parse_shapes, help="KxN, with commas between.")
+@click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(min=1), help="A shape.")
 @click.option(
-    "--apart",
+    "--rounds",
     default=0,
     show_default=True,
-    help=f"Go on, up to {LATER} times as long, until so many rounds of a shape found the processors with a cache each.",
+    help=f"Go on, up to {LATER} times as long, until a shape has so many rounds behind one cache and as many with two.",
 )
-@click.option("--ns", default=APART_NS, show_default=True, help="Round trip of a cache line from which they have.")
+@click.option(
+    "--apart-ns",
+    default=APART_NS,
+    show_default=True,
+    help="Round trip from which on processors count as having a cache each.",
+)
 @click.option(
     "--native",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, dir_okay=False),
     default=Path("build/peers/cmake/libbench_peers.so"),
     show_default=True,
     help="Of peers/build.sh.",
 )
 @click.option(
-    "--json", "path", type=click.Path(path_type=Path), default=Path("build/bench/two-threads.json"), show_default=True
+    "--json",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("build/bench/two-threads.json"),
+    show_default=True,
+    help="Written when all shapes are measured.",
 )
 @click.option("--show", is_flag=True, help="The tables of a file that is there.")
-def main(shapes: str, seconds: float, apart: int, ns: float, native: Path, path: Path, show: bool) -> None:
+def main(
+    shapes: list[tuple[int, int]], seconds: float, rounds: int, apart_ns: float, native: Path, path: Path, show: bool
+) -> None:
     if not show:
-        if len(processors(2)) < 2:
-            raise click.ClickException("expected two processors that threads can be kept on, as on Linux")
-        if not native.exists():
-            raise click.ClickException(f"--native {native}: not there; run tests/bench/peers/build.sh first")
-        library = NativeLibrary(native)
-        parts = np.ones((2, LOOP_FLOATS), np.float32)
+        machine = machine_with(native)
         path.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"onnxruntime": ort.__version__, "kernels": native_isa(runtime_ops.library_path())}
         found = {}
-        for shape in shapes.split(","):
-            k, n = map(int, shape.split("x"))
+        for k, n in shapes:
             with TemporaryDirectory(dir=path.parent) as folder:
-                found[shape] = asdict(measure(k, n, seconds, apart, ns, library, parts, Path(folder)))
-            text = json.dumps({"schema": 2, "machine": machine, "shapes": found})
-            path.write_text(text + "\n", encoding="utf-8")
+                found[f"{k}x{n}"] = asdict(measure(k, n, seconds, rounds, apart_ns, machine, Path(folder)))
+        about: dict[str, Any] = {"onnxruntime": ort.__version__, "kernels": native_isa(runtime_ops.library_path())}
+        text = json.dumps({"schema": 2, "machine": about, "shapes": found})
+        path.write_text(text + "\n", encoding="utf-8")
     stored = load(path)
-    for line in table(stored, ns):
+    for line in (*rates_table(stored), "", *shapes_table(stored)):
         click.echo(line)
-    click.echo("\nGeometric means over the shapes of the medians:\n")
-    click.echo("| two threads on cores | " + " | ".join((*LAYERS, LOOP)) + " |\n|---|" + "---:|" * (len(LAYERS) + 1))
-    for label, wanted in PLACES:
-        values = [speed_up(stored, name, ns, apart=wanted) for name in (*LAYERS, LOOP)]
-        click.echo(f"| {label} | " + " | ".join("" if value is None else f"{value:.2f}" for value in values) + " |")
 
 
 if __name__ == "__main__":

@@ -26,30 +26,30 @@ namespace {
 // One register of the dot product: 4 int8 products to a 32-bit lane.
 #if defined(__AVX512VNNI__)
 using Register = __m512i;
-Register Start(int i) { return _mm512_set1_epi32(i); }
+Register Filled(int i) { return _mm512_set1_epi32(i); }
 inline Register Dot(Register sum, Register a, Register b) { return _mm512_dpbusd_epi32(sum, a, b); }
 #elif defined(__AVXVNNI__)
 using Register = __m256i;
-Register Start(int i) { return _mm256_set1_epi32(i); }
+Register Filled(int i) { return _mm256_set1_epi32(i); }
 inline Register Dot(Register sum, Register a, Register b) {
   return _mm256_dpbusd_avx_epi32(sum, a, b);
 }
 #elif defined(__AVX2__)
 using Register = __m256i;
-Register Start(int i) { return _mm256_set1_epi32(i); }
+Register Filled(int i) { return _mm256_set1_epi32(i); }
 inline Register Dot(Register sum, Register a, Register b) {
   const __m256i pairs = _mm256_maddubs_epi16(a, b);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
 using Register = int32x4_t;
-Register Start(int i) { return vdupq_n_s32(i); }
+Register Filled(int i) { return vdupq_n_s32(i); }
 inline Register Dot(Register sum, Register a, Register b) {
   return vmmlaq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
 using Register = int32x4_t;
-Register Start(int i) { return vdupq_n_s32(i); }
+Register Filled(int i) { return vdupq_n_s32(i); }
 inline Register Dot(Register sum, Register a, Register b) {
   return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
 }
@@ -70,8 +70,8 @@ constexpr int64_t kLoops = int64_t{1} << 22;
 
 int64_t Spin(int seed) {
   // Not an array: compilers would keep it in memory.
-  Register s0 = Start(seed), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
-  const Register a = Start(0x01020304 + seed), b = Start(0x01010101 + seed);
+  Register s0 = Filled(seed), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+  const Register a = Filled(0x01020304 + seed), b = Filled(0x01010101 + seed);
   for (int64_t loop = 0; loop < kLoops; ++loop) {
     // The compiler is not to see that all sums are equal.
     asm volatile(""
@@ -125,9 +125,10 @@ double BestRate(int threads, double amount, const Work& work) {
   return best;
 }
 
-int64_t ReadAll(const std::vector<int64_t>& values) {
+// count: a multiple of 16.
+int64_t ReadAll(const int64_t* values, size_t count) {
   int64_t sums[16] = {};
-  for (size_t i = 0; i < values.size(); i += 16) {
+  for (size_t i = 0; i < count; i += 16) {
     for (size_t lane = 0; lane < 16; ++lane) sums[lane] += values[i + lane];
   }
   int64_t total = 0;
@@ -135,7 +136,6 @@ int64_t ReadAll(const std::vector<int64_t>& values) {
   return total;
 }
 
-#if defined(__linux__)
 double Seconds() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
@@ -143,12 +143,35 @@ double Seconds() {
 }
 
 bool KeepOn(int processor) {
+#if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(static_cast<unsigned>(processor), &set);
   return sched_setaffinity(0, sizeof(set), &set) == 0;
-}
+#else
+  static_cast<void>(processor);
+  return false;
 #endif
+}
+
+// Threads on processors of their own that begin at once, or not at all where one cannot have its.
+class Start {
+ public:
+  explicit Start(int threads) : missing_(threads) {}
+
+  bool On(int processor) {
+    if (!KeepOn(processor)) failed_ = true;
+    --missing_;
+    while (missing_ > 0) std::this_thread::yield();
+    return !failed_;
+  }
+
+  bool failed() const { return failed_; }
+
+ private:
+  std::atomic<int> missing_;
+  std::atomic<bool> failed_{false};
+};
 
 }  // namespace
 
@@ -171,24 +194,60 @@ double read_gbps(int threads) {
   const std::vector<std::vector<int64_t>> parts(static_cast<size_t>(threads),
                                                 std::vector<int64_t>(size_t{1} << 25, 1));
   const double bytes = static_cast<double>(parts[0].size() * sizeof(int64_t));
-  const auto read = [&](int i) { return ReadAll(parts[static_cast<size_t>(i)]); };
+  const auto read = [&](int i) {
+    const std::vector<int64_t>& part = parts[static_cast<size_t>(i)];
+    return ReadAll(part.data(), part.size());
+  };
   return BestRate(threads, bytes, read) / 1e9;
 }
 
+// 10^9 bytes a second at which values are read `passes` times, in equal parts by a thread on each
+// of the processors; 0 if threads cannot be kept on them here. count: a multiple of 16 times
+// threads.
+double read_on_gbps(const int64_t* values, int64_t count, int passes, const int* processors,
+                    int threads) {
+  struct Time {
+    double from, to;
+  };
+  std::vector<Time> times(static_cast<size_t>(threads));
+  std::atomic<int64_t> kept{0};
+  Start start(threads);
+  const int64_t part = count / threads;
+  std::vector<std::thread> all;
+  for (int i = 0; i < threads; ++i) {
+    all.emplace_back([&, i] {
+      if (!start.On(processors[i])) return;
+      Time& time = times[static_cast<size_t>(i)];
+      time.from = Seconds();
+      for (int pass = 0; pass < passes; ++pass) {
+        kept += ReadAll(values + i * part, static_cast<size_t>(part));
+      }
+      time.to = Seconds();
+    });
+  }
+  for (std::thread& each : all) each.join();
+  if (start.failed()) return 0.0;
+  Time whole = times[0];
+  for (const Time& time : times) {
+    whole.from = std::min(whole.from, time.from);
+    whole.to = std::max(whole.to, time.to);
+  }
+  return static_cast<double>(count) * sizeof(int64_t) * passes / (whole.to - whole.from) / 1e9;
+}
+
 // Nanoseconds that a cache line takes from one processor to another and back, the shortest of some
-// means; 0 if threads cannot be kept on processors here. Cores behind one last-level cache hand a
-// line over in it; what is several times as long goes from one part of the processor to another.
+// means; 0 if threads cannot be kept on both here. Cores behind one last-level cache hand a line
+// over in it; what is several times as long goes from one part of the processor to another.
 double round_trip_ns(int first, int second) {
-#if defined(__linux__)
   constexpr int kAttempts = 10, kTrips = 2000;
+  if (first == second) return 0.0;
   struct alignas(128) Ball {
     std::atomic<int> at{0};
   } ball;
-  std::atomic<bool> ready{false}, failed{false};
+  Start start(2);
   double best = 0.0;
   std::thread other([&] {
-    failed = failed || !KeepOn(second);
-    ready = true;
+    if (!start.On(second)) return;
     for (int trip = 0; trip < kAttempts * kTrips; ++trip) {
       while (ball.at.load(std::memory_order_acquire) != 1) {
       }
@@ -196,27 +255,21 @@ double round_trip_ns(int first, int second) {
     }
   });
   std::thread own([&] {
-    failed = failed || !KeepOn(first);
-    while (!ready) std::this_thread::yield();
+    if (!start.On(first)) return;
     for (int attempt = 0; attempt < kAttempts; ++attempt) {
-      const double start = Seconds();
+      const double begin = Seconds();
       for (int trip = 0; trip < kTrips; ++trip) {
         ball.at.store(1, std::memory_order_release);
         while (ball.at.load(std::memory_order_acquire) != 0) {
         }
       }
-      const double mean = (Seconds() - start) / kTrips;
+      const double mean = (Seconds() - begin) / kTrips;
       best = attempt == 0 ? mean : std::min(best, mean);
     }
   });
   other.join();
   own.join();
-  return failed ? 0.0 : best * 1e9;
-#else
-  static_cast<void>(first);
-  static_cast<void>(second);
-  return 0.0;
-#endif
+  return best * 1e9;
 }
 
 }  // extern "C"
