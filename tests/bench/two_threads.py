@@ -37,7 +37,7 @@ LAYERS = ("W4A8", "W3A8", PEER)
 LOOP = "loop over memory"
 SHAPES = "2048x2048,2048x8192,8192x2048,4096x4096,4096x14336"
 PLACES = (("behind one cache", False), ("with a cache each", True))  # whether apart
-APART_NS = 150.0  # 54 to 117 ns behind one cache and 302 to 342 with a cache each, on Zen 4
+APART_NS = 150.0  # 53 to 107 ns behind one cache and 302 to 343 with a cache each, on Zen 4
 PASSES = 4  # over all copies of a layer, or over the loop's memory
 LATER = 10  # times the seconds that a shape takes at most, while rounds in one of the places are missing
 
