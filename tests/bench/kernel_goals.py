@@ -11,6 +11,7 @@ cores with one each.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,6 +113,11 @@ def _mean(run: Times, one: tuple[str, int, int], other: tuple[str, int, int]) ->
     return statistics.geometric_mean(run[(*one, s)] / run[(*other, s)] for s in shapes) if shapes else None
 
 
+def processor(path: Path, kind: str) -> str:
+    """What a file is named after: zen4 of kernels-zen4.json and of kernels-zen4-1.json."""
+    return re.sub(r"-\d+$", "", path.stem).removeprefix(kind).strip("-") or path.stem
+
+
 def read(path: Path) -> dict[str, Any]:
     """A file of kernels.py.
 
@@ -137,11 +143,9 @@ def main(runs: tuple[Path, ...]) -> None:
     apart: dict[str, list[dict[str, Shape]]] = {}
     for run in runs:
         if run.stem.startswith("two-threads"):
-            name = run.stem.removeprefix("two-threads").strip("-").rpartition("-")[0]
-            apart.setdefault(name or run.stem, []).append(load(run))
+            apart.setdefault(processor(run, "two-threads"), []).append(load(run))
         else:
-            name = run.stem.rpartition("-")[0].removeprefix("kernels-") or run.stem
-            processors.setdefault(name, []).append(read(run))
+            processors.setdefault(processor(run, "kernels"), []).append(read(run))
     for name, loaded in apart.items():
         if any(run.keys() != loaded[0].keys() for run in loaded):
             raise click.ClickException(f"{name}: expected files of two_threads.py of the same shapes")

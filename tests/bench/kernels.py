@@ -50,6 +50,7 @@ WEIGHTS = "weights.bin"
 TRANSFORM_WIDTH = preset("W4A8").transform_width  # of all presets
 MICROSOFT = "com.microsoft"
 COLD_BYTES = 160e6
+LEAST_WEIGHTS = 1 << 16  # of a shape: as many copies of a smaller one as are cold would take minutes to build
 SHAPES = "576x960,576x3072,1536x576,2048x2048,2048x8192,8192x2048,4096x4096,4096x14336"
 TOLERANCE = 1e-5  # relative, of float sums in another order
 GGML_TOLERANCE = 0.02  # relative, of activations quantized by blocks to 8 bits
@@ -115,9 +116,9 @@ def random_bytes(*shape: int) -> np.ndarray:
 
 
 def made_unique(weight: np.ndarray, copy: int) -> np.ndarray:
-    """The weight with the copy's number in its first element: ONNX Runtime keeps equal prepacked weights once."""
+    """The weight with the copy's number in its first bytes: ONNX Runtime keeps equal prepacked weights once."""
     weight = weight.copy()
-    weight.flat[0] = copy
+    weight.reshape(-1).view(np.uint8)[:2] = copy % 256, copy // 256
     return weight
 
 
@@ -271,6 +272,39 @@ CASES = (
     Case("ggml Q3_K", 3, 8, 16, None, ggml="q3_K"),
     Case("ggml Q2_K", 2, 8, 16, None, ggml="q2_K", repacked=True),
 )
+
+
+def shapes_of(_context: click.Context, _option: click.Parameter, text: str) -> list[tuple[int, int]]:
+    """K and N of every shape of an option."""
+    try:
+        found = [(int(k), int(n)) for k, n in (shape.split("x") for shape in text.split(","))]
+    except ValueError:
+        found = []
+    if not found or min(k * n for k, n in found) < LEAST_WEIGHTS or min(min(shape) for shape in found) < 1:
+        raise click.BadParameter(
+            f"expected KxN with commas between, as {SHAPES}, of {LEAST_WEIGHTS} weights and more, got '{text}'"
+        )
+    return found
+
+
+def numbers_of(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    """The numbers of an option, 1 and more."""
+    found = [int(number) if number.strip().isdecimal() else 0 for number in text.split(",")]
+    if min(found) < 1:
+        raise click.BadParameter(f"expected numbers from 1 on with commas between, got '{text}'")
+    return found
+
+
+def native_library(path: Path) -> NativeLibrary:
+    """peers/build.sh's.
+
+    Raises:
+        click.ClickException: it is not there, or an old one.
+    """
+    try:
+        return NativeLibrary(path)
+    except (OSError, AttributeError) as error:
+        raise click.ClickException(f"--native {path}: {error}; run tests/bench/peers/build.sh first") from error
 
 
 @dataclass(frozen=True)
@@ -479,7 +513,7 @@ def expected(case: Case, x: np.ndarray, n: int) -> np.ndarray:
     """What a plain layer of ours must give, by integers (docs/ops.md)."""
     k = x.shape[1]
     top = 2 ** (case.abits - 1) - 1
-    scale = np.abs(x).max(1, keepdims=True) * np.float32(1 / top)
+    scale = np.abs(x).max(1, keepdims=True) / np.float32(top)
     q = np.clip(np.rint(x * (np.float32(1) / scale)), -top - 1, top).astype(np.float64)
     weight = codes(k, n, case.wbits).astype(np.float64)
     if case.group:
@@ -551,20 +585,27 @@ def geometric_means(rows: list[dict[str, object]], large: int) -> Table:
 
 
 @click.command(help=__doc__)
-@click.option("--shapes", default=SHAPES, show_default=True, help="KxN, with commas between.")
-@click.option("--rows", default="1,16,128,512", show_default=True, help="M.")
-@click.option("--threads", default="1,2", show_default=True)
+@click.option("--shapes", default=SHAPES, show_default=True, callback=shapes_of, help="KxN, with commas between.")
+@click.option("--rows", default="1,16,128,512", show_default=True, callback=numbers_of, help="M.")
+@click.option("--threads", default="1,2", show_default=True, callback=numbers_of)
 @click.option("--cases", default="", help="Only cases with one of these texts in their name.")
-@click.option("--rounds", default=15, show_default=True)
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
 @click.option("--cold-mb", default=COLD_BYTES / 1e6, show_default=True, help="Weights of all copies together.")
 @click.option("--native", type=click.Path(path_type=Path), help="libbench_peers.so of peers/build.sh.")
 @click.option("--json", "path", type=click.Path(path_type=Path), default=Path("build/bench/kernels.json"))
 def main(
-    shapes: str, rows: str, threads: str, cases: str, rounds: int, cold_mb: float, native: Path | None, path: Path
+    shapes: list[tuple[int, int]],
+    rows: list[int],
+    threads: list[int],
+    cases: str,
+    rounds: int,
+    cold_mb: float,
+    native: Path | None,
+    path: Path,
 ) -> None:
     console = Console()
     wanted = [case for case in CASES if not cases or any(part in case.name for part in cases.split(","))]
-    library = NativeLibrary(native) if native else None
+    library = native_library(native) if native else None
     found: list[dict[str, object]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     machine: dict[str, object] = {
@@ -572,14 +613,13 @@ def main(
         "kernels": native_isa(runtime_ops.library_path()),
         "transform_width": TRANSFORM_WIDTH,
     }
-    for count in map(int, threads.split(",")):
+    for count in threads:
         limits = Limits(library.read_gbps(count), library.peak_gops(count)) if library else Limits(0.0, 0.0)
         machine[f"limits_{count}"] = {"gbps": round(limits.gbps, 1), "gops": round(limits.gops)}
         console.print(f"{count} threads: {limits.gbps:.1f} GB/s from memory, {limits.gops:.0f} GOPS of int8")
-        for shape in shapes.split(","):
-            k, n = map(int, shape.split("x"))
+        for k, n in shapes:
             sessions = Sessions(path.parent)
-            for m in map(int, rows.split(",")):
+            for m in rows:
                 setting = Setting(k, n, m, count, cold_mb * 1e6)
                 timed = [each for case in wanted if (each := start(case, setting, sessions, library)) is not None]
                 for each in timed:

@@ -27,7 +27,17 @@ import click
 import numpy as np
 import onnxruntime as ort
 from ggml import NativeLibrary
-from kernels import CASES, COLD_BYTES, OrtTimed, Sessions, Setting, kept_on, processors
+from kernels import (
+    CASES,
+    COLD_BYTES,
+    OrtTimed,
+    Sessions,
+    Setting,
+    kept_on,
+    native_library,
+    processors,
+    shapes_of,
+)
 
 from splitq_edge import runtime_ops
 from splitq_edge.commands.doctor import native_isa
@@ -206,23 +216,17 @@ def load(path: Path) -> dict[str, Shape]:
             shape: Shape({name: Rates(**of["rates"][name]) for name in names}, of["round_trip_ns"], of["apart_ns"])
             for shape, of in json.loads(path.read_text(encoding="utf-8"))["shapes"].items()
         }
+        for shape in found.values():
+            for rates in shape.rates.values():
+                pairs = zip(rates.one, rates.two, shape.apart(), strict=True)
+                if min(min(one, two) for one, two, _ in pairs) <= 0:
+                    raise ValueError("a rate of nothing")
     except OSError as error:
         raise click.ClickException(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise click.ClickException(f"{path}: expected a file of two_threads.py; measure again") from error
     if not found:
         raise click.ClickException(f"{path}: expected shapes, got none")
-    return found
-
-
-def parse_shapes(_context: click.Context, _option: click.Parameter, text: str) -> list[tuple[int, int]]:
-    """K and N of every shape."""
-    try:
-        found = [(int(k), int(n)) for k, n in (shape.split("x") for shape in text.split(","))]
-    except ValueError:
-        found = []
-    if not found or min(min(shape) for shape in found) < 1:
-        raise click.BadParameter(f"expected KxN with commas between, as {SHAPES}, got '{text}'")
     return found
 
 
@@ -235,26 +239,24 @@ def machine_with(native: Path) -> Machine:
     first_two = processors(2)
     if len(first_two) < 2:
         raise click.ClickException("expected two processors that threads can be kept on, as on Linux")
-    try:
-        library = NativeLibrary(native)
-    except (OSError, AttributeError) as error:
-        raise click.ClickException(f"--native {native}: {error}; run tests/bench/peers/build.sh first") from error
-    return Machine(library, first_two, np.ones(int(COLD_BYTES) // 256 * 32, np.int64))
+    return Machine(native_library(native), first_two, np.ones(int(COLD_BYTES) // 256 * 32, np.int64))
 
 
 @click.command(help=__doc__)
-@click.option("--shapes", default=SHAPES, show_default=True, callback=parse_shapes, help="KxN, with commas between.")
+@click.option("--shapes", default=SHAPES, show_default=True, callback=shapes_of, help="KxN, with commas between.")
 @click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(min=1), help="A shape.")
 @click.option(
     "--rounds",
     default=0,
     show_default=True,
+    type=click.IntRange(min=0),
     help=f"Go on, up to {LATER} times as long, until a shape has so many rounds behind one cache and as many with two.",
 )
 @click.option(
     "--apart-ns",
     default=APART_NS,
     show_default=True,
+    type=click.FloatRange(min=1),
     help="Round trip from which on processors count as having a cache each.",
 )
 @click.option(
@@ -278,7 +280,11 @@ def main(
 ) -> None:
     if not show:
         machine = machine_with(native)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            raise click.ClickException(f"--json {path}: {error.strerror}") from error
         found = {}
         for k, n in shapes:
             with TemporaryDirectory(dir=path.parent) as folder:
