@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,12 +17,10 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """tests/bench/kernels.py; its neighbours are imported by their bare names, and forgotten again."""
+    """tests/bench/kernels.py, which imports its neighbours by their bare names."""
     if library_path() is None:
         pytest.skip("needs the native library")
     monkeypatch.syspath_prepend(str(BENCH))
-    for name in ("ggml", "kernels"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("kernels")
 
 
@@ -40,10 +37,11 @@ def test_runs_and_compares(kernels: ModuleType, tmp_path: Path, shape: str, rows
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--shapes", "2048"], ["--shapes", "7x3"], ["--rows", "0"], ["--native", "/nowhere.so"]]
+    ("option", "value"), [("--shapes", "2048"), ("--shapes", "7x3"), ("--rows", "0"), ("--native", "missing.so")]
 )
-def test_refuses_in_one_line(kernels: ModuleType, arguments: list[str]) -> None:
-    result = CliRunner().invoke(kernels.main, arguments)
+def test_refuses_in_one_line(kernels: ModuleType, tmp_path: Path, option: str, value: str) -> None:
+    wrong = str(tmp_path / value) if option == "--native" else value
+    result = CliRunner().invoke(kernels.main, [option, wrong])
     assert result.exit_code != 0
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert result.output.splitlines()[-1].startswith("Error: ")
