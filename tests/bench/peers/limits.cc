@@ -96,9 +96,9 @@ int64_t Spin(int seed) {
 }
 #endif
 
-double ThreadSeconds() {
+double Seconds(clockid_t clock) {
   timespec now;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  clock_gettime(clock, &now);
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
@@ -110,9 +110,9 @@ double BestRate(int threads, double amount, const Work& work) {
     std::atomic<int64_t> kept{0};
     std::vector<double> rates(static_cast<size_t>(threads));
     const auto run = [&](int i) {
-      const double start = ThreadSeconds();
+      const double start = Seconds(CLOCK_THREAD_CPUTIME_ID);
       kept += work(i);
-      rates[static_cast<size_t>(i)] = amount / (ThreadSeconds() - start);
+      rates[static_cast<size_t>(i)] = amount / (Seconds(CLOCK_THREAD_CPUTIME_ID) - start);
     };
     std::vector<std::thread> others;
     for (int i = 1; i < threads; ++i) others.emplace_back(run, i);
@@ -134,12 +134,6 @@ int64_t ReadAll(const int64_t* values, size_t count) {
   int64_t total = 0;
   for (const int64_t sum : sums) total += sum;
   return total;
-}
-
-double Seconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
 bool KeepOn(int processor) {
@@ -218,11 +212,11 @@ double read_on_gbps(const int64_t* values, int64_t count, int passes, const int*
     all.emplace_back([&, i] {
       if (!start.On(processors[i])) return;
       Time& time = times[static_cast<size_t>(i)];
-      time.from = Seconds();
+      time.from = Seconds(CLOCK_MONOTONIC);
       for (int pass = 0; pass < passes; ++pass) {
         kept += ReadAll(values + i * part, static_cast<size_t>(part));
       }
-      time.to = Seconds();
+      time.to = Seconds(CLOCK_MONOTONIC);
     });
   }
   for (std::thread& each : all) each.join();
@@ -257,13 +251,13 @@ double round_trip_ns(int first, int second) {
   std::thread own([&] {
     if (!start.On(first)) return;
     for (int attempt = 0; attempt < kAttempts; ++attempt) {
-      const double begin = Seconds();
+      const double begin = Seconds(CLOCK_MONOTONIC);
       for (int trip = 0; trip < kTrips; ++trip) {
         ball.at.store(1, std::memory_order_release);
         while (ball.at.load(std::memory_order_acquire) != 0) {
         }
       }
-      const double mean = (Seconds() - begin) / kTrips;
+      const double mean = (Seconds(CLOCK_MONOTONIC) - begin) / kTrips;
       best = attempt == 0 ? mean : std::min(best, mean);
     }
   });
